@@ -136,6 +136,7 @@ pub use self::{
         EventStore, LogPage, LogQuery, LostEnd, OpenWriter, Scan, StoreError, StoreStatus, WaitError,
         clock::{self, Clock},
         memory::{self, MemoryStore},
+        pages,
         tail::{self, Tail},
     },
 };

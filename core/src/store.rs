@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod memory;
 pub(crate) mod names;
+pub mod pages;
 pub mod tail;
 
 use std::{fmt, sync::Arc, time::Duration};

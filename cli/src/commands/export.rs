@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use annals::{
-    Archive, LogQuery, Scan,
+    Archive, LogQuery,
     archive::{IMPORT, Stored},
+    pages,
 };
 use chrono::Utc;
 use clap::Args;
@@ -22,9 +23,6 @@ use crate::{
     stop::Stop,
     store::Store,
 };
-
-/// The number of documents per read.
-const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -134,11 +132,9 @@ async fn documents(writer: &mut ExportWriter, archive: &dyn Archive, stop: &Stop
         if *collection != *collection_done {
             after = String::new();
         }
-        loop {
-            let page = archive.scan(&collection, &Scan::After(after.as_str().into()), PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = last.key.id.to_string();
-            page.iter().try_for_each(|document| writer.document(document))?;
+        let mut documents = pages::collection(archive, &collection, &after);
+        while let Some(document) = documents.try_next().await? {
+            writer.document(&document)?;
             if stop.is_asked() {
                 return Ok(false);
             }

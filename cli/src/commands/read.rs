@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use annals::{Recorded, StreamId, Version};
+use annals::{Recorded, StreamId, Version, pages};
 use chrono::{DateTime, Utc};
 use clap::Args;
+use futures::TryStreamExt;
 
 use crate::{
     event::write_line,
@@ -14,9 +15,6 @@ use crate::{
     output::{Output, one_line, shown},
     store::Store,
 };
-
-/// The number of events per read, small enough that even the largest events fit into memory.
-const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -60,19 +58,15 @@ impl ReadArgs {
 pub(crate) async fn run(arguments: ReadArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
     let stream = StreamId::from_stored(&arguments.stream);
     let events = store.port();
-    let mut after = Version(arguments.from.saturating_sub(1).max(0));
+    let after = Version(arguments.from.saturating_sub(1).max(0));
+    let mut history = pages::history(&*events, &stream, after);
     let mut any = false;
-    loop {
-        let page = events.read_stream(&stream, after, PAGE).await?;
-        let Some(last) = page.last() else { break };
+    while let Some(event) = history.try_next().await? {
         any = true;
-        after = last.version;
-        for event in &page {
-            if arguments.ends_before(event.version.0, event.recorded_at) {
-                return Ok(Verdict::Fine);
-            }
-            show(event, output)?;
+        if arguments.ends_before(event.version.0, event.recorded_at) {
+            return Ok(Verdict::Fine);
         }
+        show(&event, output)?;
     }
     if !any && events.read_stream(&stream, Version::START, 1).await?.is_empty() {
         return Err(Failure::new(missing(&arguments.stream)));

@@ -4,10 +4,11 @@ mod action;
 mod timeline;
 
 use annals::{
-    Recorded, StreamId, Version,
+    Recorded, StreamId, Version, pages,
     saga::{Path, SagaEvent},
 };
 use clap::{Args, ValueEnum};
+use futures::TryStreamExt;
 
 use super::sagas;
 use crate::{
@@ -17,8 +18,6 @@ use crate::{
     store::Store,
 };
 
-/// The number of events per read.
-const PAGE: usize = 500;
 /// The maximum number of events to show. A normal saga has some tens of events.
 const EVENTS_MAX: usize = 10_000;
 
@@ -120,15 +119,12 @@ pub(crate) async fn locate(store: &Store, id: &str) -> Result<StreamId, Failure>
 pub(crate) async fn history(store: &Store, stream: &StreamId) -> Result<Vec<(Recorded, SagaEvent)>, Failure> {
     let archive = store.port();
     let mut history = Vec::new();
-    let mut after = Version::START;
-    while history.len() < EVENTS_MAX {
-        let page = archive.read_stream(stream, after, PAGE).await?;
-        let Some(last) = page.last() else { break };
-        after = last.version;
-        for event in page {
-            let decoded = event.decode::<SagaEvent>()?;
-            history.extend(decoded.map(|decoded| (event, decoded)));
-        }
+    let mut events = pages::history(&*archive, stream, Version::START);
+    while history.len() < EVENTS_MAX
+        && let Some(event) = events.try_next().await?
+    {
+        let decoded = event.decode::<SagaEvent>()?;
+        history.extend(decoded.map(|decoded| (event, decoded)));
     }
     Ok(history)
 }

@@ -1,7 +1,8 @@
 //! `sagas`: lists sagas and their states.
 
-use annals::{Archive, Scan, StoreError, saga::SagaStatus};
+use annals::{Archive, StoreError, pages, saga::SagaStatus};
 use clap::{Args, ValueEnum};
+use futures::TryStreamExt;
 
 use crate::{
     failure::{Failure, Verdict},
@@ -10,8 +11,6 @@ use crate::{
     store::Store,
 };
 
-/// The number of documents per read.
-const PAGE: usize = 1_000;
 /// The maximum number of rows in a table, unless `--limit` sets another.
 const ROWS_DEFAULT: usize = 100;
 /// The maximum number of characters of an error in a table.
@@ -79,22 +78,21 @@ pub(crate) async fn run(arguments: SagasArgs, store: &Store, output: &mut Output
             continue;
         }
         let collection = format!("saga.{name}");
-        let mut after = "".into();
-        loop {
-            let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = last.key.id.clone();
-            let sagas = page.iter().filter_map(|document| serde_json::from_str::<SagaStatus>(&document.body).ok());
-            for saga in sagas.filter(&wanted) {
-                if found == limit {
-                    more = true;
-                    break 'collections;
-                }
-                found += 1;
-                rows.push(saga);
+        let mut documents = pages::collection(&*archive, &collection, "");
+        while let Some(document) = documents.try_next().await? {
+            let Ok(saga) = serde_json::from_str::<SagaStatus>(&document.body) else { continue };
+            if !wanted(&saga) {
+                continue;
             }
+            if found == limit {
+                more = true;
+                break 'collections;
+            }
+            found += 1;
             if output.json {
-                show(&std::mem::take(&mut rows), output)?;
+                show(&[saga], output)?;
+            } else {
+                rows.push(saga);
             }
         }
     }

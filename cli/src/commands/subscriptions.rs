@@ -3,11 +3,13 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use annals::{
-    Archive, Document, Scan, StoreError,
+    Archive, Document, StoreError,
     checkpoint::{CHECKPOINTS, Checkpoint},
+    pages,
 };
 use chrono::{DateTime, Utc};
 use clap::Args;
+use futures::TryStreamExt;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -17,9 +19,6 @@ use crate::{
     output::{Output, grouped},
     store::Store,
 };
-
-/// The number of documents per read.
-const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -131,15 +130,7 @@ pub(crate) async fn checkpoints(archive: &dyn Archive) -> Result<BTreeMap<Arc<st
 
 /// Returns a whole collection. Only for collections that are always small.
 pub(crate) async fn documents(archive: &dyn Archive, collection: &str) -> Result<Vec<Document>, StoreError> {
-    let mut all: Vec<Document> = Vec::new();
-    loop {
-        let after = all.last().map_or("".into(), |document| document.key.id.clone());
-        let page = archive.scan(collection, &Scan::After(after), PAGE).await?;
-        if page.is_empty() {
-            return Ok(all);
-        }
-        all.extend(page);
-    }
+    pages::collection(archive, collection, "").try_collect().await
 }
 
 /// Returns the number of parked messages of a lane.

@@ -7,6 +7,8 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use futures::TryStreamExt;
+
 use crate::{
     bus::Ends,
     commit::{COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Put},
@@ -17,7 +19,7 @@ use crate::{
         peer::Peer,
         worker::{Stop, Worker},
     },
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, StoreError, pages},
 };
 
 /// The pause before a retry, after another process has moved a lane.
@@ -27,8 +29,6 @@ const RACED: Duration = Duration::from_millis(20);
 pub(crate) const LANES_MAX: u32 = 1_000;
 /// How often to check whether another instance still follows the old lanes.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// The number of checkpoints read per page.
-const PAGE: usize = 500;
 
 /// Where a subscription without a checkpoint starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,18 +206,13 @@ impl Lanes<'_> {
     async fn stored(&self) -> Result<Vec<StoredLane>, Stop> {
         let prefix = format!("{}/", self.name);
         let mut stored = Vec::new();
-        let mut after = Arc::<str>::from(&*prefix);
-        loop {
-            let page = self.store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
-            let of_name = page.iter().take_while(|document| document.key.id.starts_with(&prefix)).count();
-            for document in &page[..of_name] {
-                let Ok(index) = document.key.id[prefix.len()..].parse() else { continue };
-                let checkpoint: Checkpoint = serde_json::from_str(&document.body)
-                    .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                stored.push(StoredLane { index, document: document.clone(), checkpoint });
-            }
-            let Some(last) = page.last().filter(|_| of_name == page.len()) else { break };
-            after = last.key.id.clone();
+        let mut checkpoints = pages::collection(&**self.store, CHECKPOINTS, &prefix);
+        while let Some(document) = checkpoints.try_next().await? {
+            let Some(lane) = document.key.id.strip_prefix(&prefix) else { break };
+            let Ok(index) = lane.parse() else { continue };
+            let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+                .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
+            stored.push(StoredLane { index, document, checkpoint });
         }
         stored.sort_unstable_by_key(|lane| lane.index);
         Ok(stored)

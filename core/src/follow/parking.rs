@@ -8,6 +8,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
@@ -17,12 +18,11 @@ use crate::{
     commit::{CommitError, DOCUMENT_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, Document, DocumentKey, Put, check_json},
     event::{Position, named_id},
     follow::checkpoint::lane_of,
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, StoreError, pages},
 };
 
 /// The maximum number of parked messages of one worker. At this limit, the worker handles no more messages.
 pub const PARKED_MAX: usize = 100_000;
-const PAGE: usize = 500;
 /// The maximum length of a key in the id of a parked document. A longer key is replaced by a short form, because the id
 /// of the document also contains the sequence and the lane.
 const KEY_BYTES_MAX: usize = DOCUMENT_ID_BYTES_MAX - 64;
@@ -216,25 +216,23 @@ impl ParkedKeys {
     /// Reads the locations of the messages that are parked on these lanes.
     pub async fn load(&self, store: &dyn EventStore, lanes: &[Arc<str>]) -> Result<Self, StoreError> {
         let mut found = Self::new(self.subscription.clone());
-        let mut after: Arc<str> = "".into();
-        loop {
-            let page = store.scan(&collection(&self.subscription), &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { return Ok(found) };
-            after = last.key.id.clone();
-            for document in page {
-                let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
-                if let Some(sequence) = sequence_of(&document.key.id).filter(|_| lanes.contains(&parked.lane)) {
-                    let awaits_build = parked.awaits_build;
-                    let (id, waits) = (document.key.id, parked.attempts == 0 || awaits_build);
-                    if let Some(lost) = parked.lost().filter(|_| found.lost.is_none()) {
-                        found.lost = Some(lost.to_string().into());
-                    }
-                    let dead = !waits && document.due.is_none();
-                    let position = parked.position;
-                    found.add(&parked.key, ParkedPlace { sequence, id, position, waits, awaits_build, dead });
+        let collection = collection(&self.subscription);
+        let mut documents = pages::collection(store, &collection, "");
+        while let Some(document) = documents.try_next().await? {
+            let Ok(parked) = serde_json::from_str::<Parked>(&document.body) else { continue };
+            if let Some(sequence) = sequence_of(&document.key.id).filter(|_| lanes.contains(&parked.lane)) {
+                let awaits_build = parked.awaits_build;
+                let waits = parked.attempts == 0 || awaits_build;
+                if let Some(lost) = parked.lost().filter(|_| found.lost.is_none()) {
+                    found.lost = Some(lost.to_string().into());
                 }
+                let dead = !waits && document.due.is_none();
+                let position = parked.position;
+                let id = document.key.id;
+                found.add(&parked.key, ParkedPlace { sequence, id, position, waits, awaits_build, dead });
             }
         }
+        Ok(found)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -420,15 +418,8 @@ impl DeadLetters {
 
     /// Returns everything parked under a subscription's name.
     pub(crate) async fn documents(&self, subscription: &str) -> Result<Vec<Document>, StoreError> {
-        let (mut all, collection) = (Vec::new(), collection(subscription));
-        loop {
-            let after = all.last().map_or("".into(), |document: &Document| document.key.id.clone());
-            let page = self.store.scan(&collection, &Scan::After(after), PAGE).await?;
-            if page.is_empty() || all.len() >= PARKED_MAX {
-                return Ok(all);
-            }
-            all.extend(page);
-        }
+        let collection = collection(subscription);
+        pages::collection(&*self.store, &collection, "").take(PARKED_MAX).try_collect().await
     }
 }
 

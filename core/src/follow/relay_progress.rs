@@ -2,19 +2,19 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use futures::TryStreamExt;
+
 use crate::{
     base::name::RELAY,
     bus::Ends,
     event::{Position, StreamId},
     follow::checkpoint::{CHECKPOINTS, Checkpoint, lane_of},
     store::{
-        EventStore, Scan, StoreError,
+        EventStore, StoreError,
         names::{LogNames, log_of},
+        pages,
     },
 };
-
-/// The number of documents read per page.
-const PAGE: usize = 500;
 
 /// The progress of the relay of a service.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,28 +29,22 @@ impl RelayProgress {
     /// Returns the progress of every relay that has run on this store, by the name of its service.
     pub async fn on(store: &dyn EventStore) -> Result<BTreeMap<String, Self>, StoreError> {
         let mut services: BTreeMap<String, (BTreeMap<u32, Position>, Ends)> = BTreeMap::new();
-        let mut after: Arc<str> = "".into();
-        loop {
-            let page = store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = last.key.id.clone();
-            for document in &page {
-                let named = document.key.id.rsplit_once('/');
-                let of_relay = named.and_then(|(name, lane)| Some((name.strip_suffix(RELAY)?, lane.parse().ok()?)));
-                let Some((service, lane)) = of_relay else { continue };
-                // This id has the form `GROUP/TOPIC/PARTITION`, and the name of the topic ends in `.relay`. The
-                // checkpoint does not belong to a relay.
-                if service.contains('/') {
-                    continue;
-                }
-                let checkpoint: Checkpoint = serde_json::from_str(&document.body)
-                    .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                let (lanes, taken) = services.entry(service.to_owned()).or_default();
-                lanes.insert(lane, Position(checkpoint.next));
-                // The checkpoint of every lane records the ends up to which the bus has accepted the messages of its
-                // process.
-                taken.reach(&checkpoint.taken);
+        let mut documents = pages::collection(store, CHECKPOINTS, "");
+        while let Some(document) = documents.try_next().await? {
+            let named = document.key.id.rsplit_once('/');
+            let of_relay = named.and_then(|(name, lane)| Some((name.strip_suffix(RELAY)?, lane.parse().ok()?)));
+            let Some((service, lane)) = of_relay else { continue };
+            // This id has the form `GROUP/TOPIC/PARTITION`, and the name of the topic ends in `.relay`. The
+            // checkpoint does not belong to a relay.
+            if service.contains('/') {
+                continue;
             }
+            let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+                .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
+            let (lanes, taken) = services.entry(service.to_owned()).or_default();
+            lanes.insert(lane, Position(checkpoint.next));
+            // The checkpoint of every lane records the ends up to which the bus has accepted the messages of its process.
+            taken.reach(&checkpoint.taken);
         }
         let names = LogNames::of(store).await?;
         if names.segments().is_empty() {

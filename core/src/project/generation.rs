@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -23,7 +24,7 @@ use crate::{
         checkpoint::{CHECKPOINTS, Checkpoint, Lane},
         parking,
     },
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, Scan, StoreError, pages},
 };
 
 /// The collection that contains one pointer document per read model.
@@ -321,13 +322,7 @@ pub(crate) fn position(checkpoint: Option<&Document>) -> Position {
 
 /// Counts the documents of a collection.
 pub(crate) async fn count(store: &dyn EventStore, collection: &str) -> Result<usize, StoreError> {
-    let mut count = 0;
-    let mut after = std::sync::Arc::<str>::from("");
-    loop {
-        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
-        let Some(last) = page.last() else { return Ok(count) };
-        (count, after) = (count + page.len(), last.key.id.clone());
-    }
+    pages::collection(store, collection, "").try_fold(0, async |count, _| Ok(count + 1)).await
 }
 
 fn pointer_at(model: &str, pointer: &Pointer, version: i64) -> Put {

@@ -1,7 +1,8 @@
 //! Rebuilds views. The new views are built next to the live views, and then replace the live views or are discarded.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
+use futures::TryStreamExt;
 use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
@@ -17,11 +18,9 @@ use crate::{
     },
     health::Health,
     project::generation::{self, BEAT, Build, checkpoint, collection, count, position, unavailable},
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, Scan, StoreError, pages},
 };
 
-/// The number of documents read per page.
-const PAGE: usize = 500;
 /// How often the progress of a build is checked.
 const LOOK: Duration = Duration::from_millis(20);
 /// The maximum number of times that one comparison reads views again because one side was ahead of the other.
@@ -298,28 +297,33 @@ impl Rebuild {
         of_live: u32,
         mut on_difference: impl FnMut(Difference),
     ) -> Result<Compared, StoreError> {
-        let (mut compared, mut looks) = (Compared::default(), 0);
-        let mut live = GenerationViews::new(self, of_live);
-        let mut rebuilt = GenerationViews::new(self, self.build.generation);
+        let mut compared = Compared::default();
+        let mut looks = 0;
+        let names = [of_live, self.build.generation].map(|generation| collection(self.model, generation));
+        let [mut live, mut rebuilt] = names.each_ref().map(|name| pages::collection(&*self.store, name, ""));
+        let mut next_live = live.try_next().await?;
+        let mut next_rebuilt = rebuilt.try_next().await?;
         loop {
-            let (left, right) = (live.peek().await?, rebuilt.peek().await?);
-            let (left, right) = match (left, right) {
+            let order = match (&next_live, &next_rebuilt) {
                 (None, None) => return Ok(compared),
-                (Some(left), Some(right)) if left.key.id == right.key.id => (Some(left), Some(right)),
-                (Some(left), Some(right)) if left.key.id > right.key.id => (None, Some(right)),
-                (None, right) => (None, right),
-                (left, _) => (left, None),
+                (Some(live), Some(rebuilt)) => live.key.id.cmp(&rebuilt.key.id),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
             };
-            let Some(key) = left.as_ref().or(right.as_ref()).map(|view| view.key.id.clone()) else { continue };
+            let left = next_live.take_if(|_| order.is_le());
+            let right = next_rebuilt.take_if(|_| order.is_ge());
             if left.is_some() {
-                (live.at, compared.live) = (live.at + 1, compared.live + 1);
+                compared.live += 1;
+                next_live = live.try_next().await?;
             }
             if right.is_some() {
-                (rebuilt.at, compared.rebuilt) = (rebuilt.at + 1, compared.rebuilt + 1);
+                compared.rebuilt += 1;
+                next_rebuilt = rebuilt.try_next().await?;
             }
             if same(left.as_ref(), right.as_ref()) {
                 continue;
             }
+            let Some(key) = left.or(right).map(|view| view.key.id) else { continue };
             if let Some((difference, certain)) = self.look_again(of_live, key, &mut looks).await? {
                 compared.differences += 1;
                 compared.uncertain += usize::from(!certain);
@@ -484,32 +488,5 @@ fn same(left: Option<&Document>, right: Option<&Document>) -> bool {
             left.body == right.body || read(left).is_some_and(|left| Some(left) == read(right))
         }
         _ => left.is_none() && right.is_none(),
-    }
-}
-
-/// Iterates over the views of a generation, page by page.
-struct GenerationViews<'a> {
-    rebuild: &'a Rebuild,
-    collection: String,
-    page: Vec<Document>,
-    at: usize,
-    /// The key after which the next page starts; `None` after the last page.
-    after: Option<Arc<str>>,
-}
-
-impl<'a> GenerationViews<'a> {
-    fn new(rebuild: &'a Rebuild, generation: u32) -> Self {
-        let collection = collection(rebuild.model, generation);
-        Self { rebuild, collection, page: Vec::new(), at: 0, after: Some("".into()) }
-    }
-
-    async fn peek(&mut self) -> Result<Option<Document>, StoreError> {
-        if self.at == self.page.len()
-            && let Some(after) = self.after.take()
-        {
-            (self.page, self.at) = (self.rebuild.store.scan(&self.collection, &Scan::After(after), PAGE).await?, 0);
-            self.after = self.page.last().map(|last| last.key.id.clone());
-        }
-        Ok(self.page.get(self.at).cloned())
     }
 }

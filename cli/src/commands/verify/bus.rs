@@ -10,8 +10,9 @@ mod topics;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use annals::{
-    LogQuery, Recorded, Scan,
+    LogQuery, Recorded,
     checkpoint::CHECKPOINTS,
+    pages,
     parking::Parked,
     relay::{LogNames, RelayProgress, Routes},
 };
@@ -26,9 +27,6 @@ use self::{
 };
 use super::{event::place, faults::Faults};
 use crate::{failure::Failure, progress, stop::Stop, store::Store};
-
-/// The number of documents per read.
-const PAGE: usize = 500;
 
 /// The Kafka to check, and the messages that are expected there.
 #[derive(Clone, Debug, Args)]
@@ -136,37 +134,27 @@ impl RelayState {
         let services = RelayProgress::on(&*archive).await?;
         let mut senders: HashMap<String, String> =
             services.keys().map(|service| (format!("step.{service}"), service.clone())).collect();
-        let mut after = "".into();
-        loop {
-            let page = archive.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = last.key.id.clone();
-            // The service that starts a saga sends its commands. If the name of one service is a prefix of another's,
-            // the longer matching name is the right one.
-            for document in &page {
-                let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
-                let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));
-                if let Some((name, service)) =
-                    name.zip(services.keys().filter(of_service).max_by_key(|service| service.len()))
-                {
-                    senders.insert(format!("saga.{}", &name[service.len() + 1..]), service.clone());
-                }
+        let mut checkpoints = pages::collection(&*archive, CHECKPOINTS, "");
+        // The service that starts a saga sends its commands. If the name of one service is a prefix of another's, the
+        // longer matching name is the right one.
+        while let Some(document) = checkpoints.try_next().await? {
+            let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));
+            let of_service = |service: &&String| name.is_some_and(|name| name.starts_with(&format!("{service}.")));
+            if let Some((name, service)) =
+                name.zip(services.keys().filter(of_service).max_by_key(|service| service.len()))
+            {
+                senders.insert(format!("saga.{}", &name[service.len() + 1..]), service.clone());
             }
         }
         let mut parked: HashMap<String, HashMap<String, i64>> = HashMap::new();
         for service in services.keys() {
             let collection = format!("parked.{service}.relay");
-            let mut after = "".into();
-            loop {
-                let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
-                let Some(last) = page.last() else { break };
-                after = last.key.id.clone();
-                for document in &page {
-                    let waits: Parked = serde_json::from_str(&document.body)?;
-                    let streams = parked.entry(service.clone()).or_default();
-                    let first = streams.entry(waits.key.to_string()).or_insert(waits.position);
-                    *first = waits.position.min(*first);
-                }
+            let mut documents = pages::collection(&*archive, &collection, "");
+            while let Some(document) = documents.try_next().await? {
+                let waits: Parked = serde_json::from_str(&document.body)?;
+                let streams = parked.entry(service.clone()).or_default();
+                let first = streams.entry(waits.key.to_string()).or_insert(waits.position);
+                *first = waits.position.min(*first);
             }
         }
         Ok(Self { services, senders, parked })

@@ -1,18 +1,18 @@
 //! Checks that the documents of the engine can be read and match the log.
 
 use annals::{
-    Archive, Document, Scan, StreamId, Version,
+    Archive, Document, StreamId, Version,
     checkpoint::{CHECKPOINTS, Checkpoint},
+    pages,
     parking::Parked,
     saga::{SagaEvent, SagaStatus},
 };
+use futures::TryStreamExt;
 use serde_json::value::RawValue;
 
 use super::{faults::Faults, histories::Histories};
 use crate::{commands::import, failure::Failure};
 
-/// The number of documents per read.
-const PAGE: usize = 500;
 /// The remedy for a checkpoint beyond the end of the log.
 const REMEDY: &str = " (the database was restored to an earlier moment; the service returns to the end of the log at its \
      next start, or reset the subscription)";
@@ -25,16 +25,11 @@ pub(super) async fn verify(
 ) -> Result<u64, Failure> {
     let mut count = 0;
     for collection in archive.collections().await? {
-        let mut after = "".into();
-        loop {
-            let page = archive.scan(&collection, &Scan::After(after), PAGE).await?;
-            let Some(last) = page.last() else { break };
-            after = last.key.id.clone();
-            count += page.len() as u64;
-            for document in page {
-                if let Some(wrong) = wrong(archive, histories, &document).await? {
-                    faults.add(format!("document {}", document.key), wrong)?;
-                }
+        let mut documents = pages::collection(archive, &collection, "");
+        while let Some(document) = documents.try_next().await? {
+            count += 1;
+            if let Some(wrong) = wrong(archive, histories, &document).await? {
+                faults.add(format!("document {}", document.key), wrong)?;
             }
         }
     }
@@ -102,14 +97,8 @@ async fn wrong(archive: &dyn Archive, histories: &Histories, document: &Document
         return Ok(None);
     }
     // The saga may have ended since its history was read.
-    let mut after = Version::START;
-    let mut last = None;
-    loop {
-        let page = archive.read_stream(&stream, after, PAGE).await?;
-        let Some(event) = page.into_iter().next_back() else { break };
-        after = event.version;
-        last = Some(event);
-    }
+    let events = pages::history(archive, &stream, Version::START);
+    let last = events.try_fold(None, async |_, event| Ok(Some(event))).await?;
     let Some(last) = last else { return Ok(Some("the log has no such saga".into())) };
     let ended = last.decode::<SagaEvent>().ok().flatten().is_some_and(|event| event.progress().ended.is_some());
     Ok((!ended).then(|| "the document says that the saga has ended, and the log does not".into()))

@@ -1,0 +1,58 @@
+//! Whole streams and whole collections, which are read page by page.
+
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt, stream, stream::BoxStream};
+
+use crate::{
+    commit::Document,
+    event::{Recorded, StreamId, Version},
+    store::{EventStore, Scan, StoreError},
+};
+
+/// The number of events or documents per page.
+const PAGE: usize = 500;
+
+/// Reads the events of a stream with versions above `after`, in order. Holds one page in memory.
+///
+/// ```
+/// use annals::{EventStore, MemoryStore, StreamId, Version, pages};
+/// use futures::TryStreamExt;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = MemoryStore::new();
+/// let stream = StreamId::new("order", "1")?;
+/// let mut events = pages::history(&store, &stream, Version::START);
+/// while let Some(event) = events.try_next().await? {
+///     println!("{} {}", event.version, event.type_name);
+/// }
+/// # Ok(()) }
+/// ```
+pub fn history<'a>(
+    store: &'a dyn EventStore,
+    stream: &'a StreamId,
+    after: Version,
+) -> BoxStream<'a, Result<Recorded, StoreError>> {
+    let pages = stream::try_unfold(Some(after), move |after| async move {
+        let Some(after) = after else { return Ok(None) };
+        let page = store.read_stream(stream, after, PAGE).await?;
+        let next = page.last().filter(|_| page.len() == PAGE).map(|event| event.version);
+        Ok(Some((stream::iter(page.into_iter().map(Ok)), next)))
+    });
+    pages.try_flatten().boxed()
+}
+
+/// Reads the documents of a collection with ids above `after`, in byte order. Start with `""`. Holds one page in memory.
+pub fn collection<'a>(
+    store: &'a dyn EventStore,
+    collection: &'a str,
+    after: &str,
+) -> BoxStream<'a, Result<Document, StoreError>> {
+    let pages = stream::try_unfold(Arc::<str>::from(after), move |after| async move {
+        let page = store.scan(collection, &Scan::After(after), PAGE).await?;
+        let Some(last) = page.last() else { return Ok(None) };
+        let next = last.key.id.clone();
+        Ok(Some((stream::iter(page.into_iter().map(Ok)), next)))
+    });
+    pages.try_flatten().boxed()
+}
