@@ -90,8 +90,10 @@ fn summary_lists_every_page_once() -> Outcome {
     assert_eq!(once.len(), listed.len(), "the summary lists a page twice: {listed:?}");
     let mut pages: Vec<String> =
         pages()?.iter().filter_map(|page| page.strip_prefix("docs/")).map(str::to_owned).collect();
-    for entry in fs::read_dir(root().join("docs"))? {
-        pages.push(entry?.file_name().to_string_lossy().into_owned());
+    for folder in ["", "adr/"] {
+        for entry in fs::read_dir(root().join("docs").join(folder))? {
+            pages.push(format!("{folder}{}", entry?.file_name().to_string_lossy()));
+        }
     }
     let is_page = |name: &&String| name.ends_with(".md") && *name != "SUMMARY.md";
     let missing: Vec<&String> = pages.iter().filter(is_page).filter(|page| !once.contains(page)).collect();
