@@ -102,7 +102,7 @@ impl DocumentKey {
         Self { collection: collection.into(), id: id.into() }
     }
 
-    /// Returns whether a store can hold a document with this name. If not, the document cannot exist.
+    /// Returns whether a store can hold a document with this key. If not, the document cannot exist.
     pub(crate) fn is_storable(&self) -> bool {
         let has_nul = self.id.contains('\0') || self.collection.contains('\0');
         self.id.len() <= DOCUMENT_ID_BYTES_MAX && self.collection.len() <= CATEGORY_BYTES_MAX * 2 && !has_nul
@@ -303,10 +303,10 @@ pub(crate) fn check_json(text: &str) -> Result<(), String> {
     check_json_within(text, NESTING_MAX)
 }
 
-/// Like [`check_json`], for a text that is known to be valid JSON. The text becomes part of a larger JSON text, so the
-/// caller passes a limit for its nesting.
+/// Like [`check_json`], for a string that is known to be valid JSON. The string becomes part of a larger JSON value, so
+/// the caller passes a limit for its nesting.
 pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), String> {
-    // The parser in `check_json` skips values at any depth, but readers have a nesting limit. Only a text with more
+    // The parser in `check_json` skips values at any depth, but readers have a nesting limit. Only a string with more
     // brackets than the limit needs the exact computation.
     let brackets = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     if brackets > nesting_max && nesting(text) > nesting_max {
@@ -316,7 +316,7 @@ pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), St
     check_escapes(text)
 }
 
-/// Returns the nesting depth of a valid JSON text.
+/// Returns the nesting depth of a valid JSON string.
 fn nesting(text: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in text.bytes() {
@@ -335,8 +335,8 @@ fn nesting(text: &str) -> usize {
     deepest
 }
 
-/// Checks a valid JSON text: each `\u` escape, alone or together with the next escape, must stand for a character, and
-/// no escape may stand for NUL.
+/// Checks a valid JSON string: each `\u` escape, alone or together with the next escape, must stand for a character,
+/// and no escape may stand for NUL.
 fn check_escapes(text: &str) -> Result<(), String> {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {

@@ -39,7 +39,7 @@ const METADATA_BYTES: usize = 200;
 #[serde(try_from = "String", into = "String")]
 pub struct StreamId(Arc<str>);
 
-/// Why a text is not a valid stream id. Nothing was stored. Use another id for the aggregate.
+/// Why a string is not a valid stream id. Nothing was stored. Use another id for the aggregate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StreamIdError {
@@ -90,7 +90,7 @@ impl StreamId {
         Ok(Self(text.into()))
     }
 
-    /// Checks that the text is a valid stream id.
+    /// Checks that the string is a valid stream id.
     pub(crate) fn check(text: &str) -> Result<(), StreamIdError> {
         if text.len() > STREAM_ID_BYTES_MAX {
             return Err(StreamIdError::TooLong { start: shortened(text), bytes: text.len() });
@@ -114,8 +114,8 @@ impl StreamId {
         Ok(())
     }
 
-    /// Builds a stream id from stored text without checking the text. A row that this build would have refused to write
-    /// must not stop a reader.
+    /// Builds a stream id from a stored string without checking the string. A row that this build would have refused to
+    /// write must not stop a reader.
     pub fn from_stored(text: &str) -> Self {
         Self(text.into())
     }

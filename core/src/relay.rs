@@ -71,7 +71,7 @@ pub struct Relay {
 
 debug_fields!(Relay { name, lanes, routes });
 
-/// A page whose messages were published, but not yet accepted by the bus.
+/// A page whose messages have been published, but not yet accepted by the bus.
 struct InFlight {
     next: Position,
     receipt: Receipt,

@@ -423,7 +423,7 @@ pub struct Runtime {
     watch: JoinSet<()>,
     watches: bool,
     services: BTreeSet<String>,
-    /// The categories of the running sagas, with their stores.
+    /// The category of each saga definition that the runtime runs, with the store of its service.
     sagas: Vec<(Arc<dyn EventStore>, String)>,
     shutdown: CancellationToken,
     health: Health,

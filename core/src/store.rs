@@ -135,8 +135,8 @@ impl LogQuery {
 pub struct LogPage {
     /// The events that match the query, in log order.
     pub events: Vec<Arc<Recorded>>,
-    /// The position from which to read the next page. The position lies after every event that this page examined,
-    /// including events that do not match the query. If the reader has caught up, the position equals the requested
+    /// The position after which the next page begins: the position of the last event that this page examined, even if
+    /// that event does not match the query. If the reader has caught up, the position equals the requested
     /// position.
     pub next: Position,
     /// Whether there may be more events to read. This is the case if the page is full, or if the page has examined as

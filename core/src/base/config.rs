@@ -1,9 +1,9 @@
-//! Error texts for parameters of a URL.
+//! Error messages about parameters of a URL.
 
-/// An error text repeats at most this many characters of an unknown name.
+/// An error message repeats at most this many characters of an unknown name.
 const NAME_CHARS_MAX: usize = 40;
 
-/// Returns an error text that names the unknown parameter, a likely alternative, and the known parameters.
+/// Returns an error message that names the unknown parameter, a likely alternative, and the known parameters.
 ///
 /// ```
 /// let reason = annals::config::unknown_parameter("shcema", &["pooled", "schema"]);
@@ -21,7 +21,7 @@ pub fn unknown_parameter(name: &str, known: &[&str]) -> String {
     format!("the parameter `{shown}` is unknown{meant}{end} are {}", known.join(", "))
 }
 
-/// Returns the edit distance between two texts: the number of characters that must be changed, added, removed or
+/// Returns the edit distance between two strings: the number of characters that must be changed, added, removed or
 /// swapped with a neighbour.
 fn distance(left: &str, right: &str) -> usize {
     let left: Vec<char> = left.chars().collect();

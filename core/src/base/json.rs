@@ -27,7 +27,7 @@ const BIG_DIGITS_MIN: usize = 19;
 /// field.
 pub fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, Error> {
     let text = serde_json::to_string(value)?;
-    // A number that is not finite becomes `null` in the text, so most texts need no further check.
+    // A number that is not finite becomes `null` in the text, so most values need no further check.
     if text.contains("null") {
         check_finite(value)?;
     }
@@ -49,8 +49,8 @@ pub(crate) fn to_value<T: Serialize>(value: &T) -> Result<Value, Error> {
     serde_json::to_value(value)
 }
 
-/// Refuses a text with integers beyond 64 bits that do not survive a round trip. `again` parses the text and serializes
-/// the result as text.
+/// Refuses a JSON string with integers beyond 64 bits that do not survive a round trip. `again` parses the string and
+/// serializes the result again.
 #[doc(hidden)]
 pub fn check_read_back<E: fmt::Display>(text: &str, again: impl FnOnce() -> Result<String, E>) -> Result<(), Error> {
     if !may_have_big_integers(text) {
@@ -203,7 +203,7 @@ fn may_have_big_integers(text: &str) -> bool {
     })
 }
 
-/// Returns the integers of a valid JSON text that fit into 128 bits but not into 64.
+/// Returns the integers in valid JSON text that fit into 128 bits but not into 64.
 fn big_integers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     numbers(text).filter(|range| {
         let number = &text[range.clone()];
@@ -216,7 +216,7 @@ fn is_integer(number: &str) -> bool {
     !number.contains(['.', 'e', 'E'])
 }
 
-/// Returns the numbers of a valid JSON text.
+/// Returns the numbers in valid JSON text.
 fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
     let bytes = text.as_bytes();
     let mut at = 0;

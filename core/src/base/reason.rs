@@ -1,4 +1,4 @@
-//! Conversion of failure texts to a form that every store accepts. The length of the text is limited.
+//! Conversion of failure reasons to a form that every store accepts. The length of a reason is limited.
 
 /// The maximum length of a stored reason in characters. The length is limited because people read the reason, and
 /// because the events of a saga repeat the reason several times.

@@ -4,9 +4,9 @@ use crate::{base::json::to_json_exact, event::Event};
 
 /// An aggregate. It decides on commands, and folds events into its state.
 ///
-/// Both functions are pure. If `decide` returns no events, the command has nothing left to do. The state is rebuilt by
-/// folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets many
-/// readers share one folded state, and lets the framework discard a changed copy when its commit loses a race.
+/// `decide` and `evolve` are pure. If `decide` returns no events, the command has nothing left to do. The state is
+/// rebuilt by folding the events of the stream, so `Default` must return the state before the first event. `Clone` lets
+/// many readers share one folded state, and lets the framework discard a changed copy when its commit loses a race.
 ///
 /// ```
 /// use annals::{Aggregate, Event};

@@ -39,12 +39,12 @@ struct KnownAggregate {
     events: &'static [EventType],
 }
 
-/// Checks that the text is a valid category.
+/// Checks that the string is a valid category.
 pub(crate) fn check(category: &str) -> Result<(), StreamIdError> {
     StreamId::new(category, "1").map(drop)
 }
 
-/// Checks that the text is a valid category for a user's own aggregate.
+/// Checks that the string is a valid category for a user's own aggregate.
 pub(crate) fn check_own(category: &str) -> Result<(), String> {
     check(category).map_err(|error| error.to_string())?;
     if category == OPERATOR || RESERVED.iter().any(|reserved| category.starts_with(reserved)) {

@@ -77,7 +77,7 @@ impl fmt::Debug for TraceContext {
     }
 }
 
-/// Returns the flags to propagate, if the text is a valid `traceparent`.
+/// Returns the flags to propagate, if the string is a valid `traceparent`.
 fn flags(text: &str) -> Option<u8> {
     let bytes = text.as_bytes();
     if bytes.len() < TRACEPARENT_BYTES || !text.is_char_boundary(TRACEPARENT_BYTES) {
@@ -133,7 +133,7 @@ fn members<'h>(headers: impl Iterator<Item = &'h str>) -> Option<Vec<&'h str>> {
     Some(members)
 }
 
-/// Returns whether the text is a valid key: `vendor`, or `tenant@vendor`.
+/// Returns whether the string is a valid key: `vendor`, or `tenant@vendor`.
 fn is_key(key: &str) -> bool {
     let lower = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_lowercase);
     let plain = |part: &[u8]| {
@@ -155,7 +155,7 @@ fn is_key(key: &str) -> bool {
     }
 }
 
-/// Returns whether the text is a valid value: printable ASCII without `,` and `=`. A value cannot end with a space,
+/// Returns whether the string is a valid value: printable ASCII without `,` and `=`. A value cannot end with a space,
 /// because members are trimmed.
 fn is_value(value: &str) -> bool {
     (1..=256).contains(&value.len()) && value.bytes().all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=')

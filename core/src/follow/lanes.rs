@@ -114,7 +114,7 @@ pub(crate) async fn take(worker: &mut Worker, instance: Option<&Peer>) -> Result
 
 impl Lanes<'_> {
     /// Records the requested number of lanes, unless existing lanes have to change first. No lane has to change if no
-    /// lane was followed yet, or if an earlier release followed the same number of lanes. If lanes have to change,
+    /// lane has been followed yet, or if an earlier release followed the same number of lanes. If lanes have to change,
     /// returns the existing lanes.
     pub async fn settle(&self) -> Result<Option<OldLanes>, Stop> {
         loop {

@@ -132,7 +132,7 @@ impl Peer {
         let mut counted_at = Instant::now();
         loop {
             // If this heartbeat was written early, the other instances have not had time for their own heartbeats.
-            // Missed heartbeats are then not counted.
+            // In that case, missed heartbeats are not counted.
             let counts = counted_at.elapsed() >= HEARTBEAT;
             if counts {
                 counted_at = Instant::now();

@@ -1,4 +1,4 @@
-//! Notices for operators. Each notice writes one line to the log of the process and increments one counter.
+//! Notices for operators. Each notice prints one log line (`tracing`) and increments one counter.
 
 use std::{fmt, sync::Arc};
 

@@ -433,8 +433,8 @@ impl<R: ReadModel> Views<R> {
     /// Waits until the live views show all events up to a position, such as [`Decided::position`] of a command. The
     /// caller can then read its own writes. An event that failed and waits as a dead letter counts as shown.
     ///
-    /// The views show an event once the commit of its batch is stored. If the read model does not query the event, the
-    /// checkpoint of the views passes the event about a second later.
+    /// The views show an event once the commit of its batch is stored. If the query of the read model does not match
+    /// the event, the checkpoint of the views moves past the event within about a second.
     ///
     /// # Errors
     /// Fails with [`WaitError::TimedOut`] if the views are further behind than `limit`, for example because no process

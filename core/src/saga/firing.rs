@@ -143,7 +143,8 @@ impl<C: SagaState> Runner<C> {
         Ok(())
     }
 
-    /// Returns a text that says why an operator is needed. The text names stuck sagas and services that do not answer.
+    /// Returns a message that says why an operator is needed. The message names stuck sagas and services that do not
+    /// answer.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
         let collection = format!("{STUCK}{}", self.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;

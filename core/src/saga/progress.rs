@@ -60,7 +60,7 @@ impl From<StepRef> for String {
     }
 }
 
-/// The text does not name a place in a saga.
+/// The string does not name a place in a saga.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a place in a saga; a valid place is forward.0")]
 pub struct StepRefError(pub String);
@@ -130,7 +130,8 @@ pub enum FaultKind {
     Stuck,
 }
 
-/// The part of an event that describes a fault at a step. The process writes the fault to its log and counts it.
+/// The part of an event that describes a fault at a step. The process prints the fault as a log line (`tracing`) and
+/// counts it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fault {
     /// What the saga does after the fault.
@@ -247,8 +248,8 @@ pub enum Outcome {
     Refused(String),
     /// The step failed this time for this reason, or the saga gave the step up.
     Failed(String),
-    /// It is unknown whether the step was done; the text says why. The saga attempts the step again as after a failure;
-    /// the participant remembers that there may be something to undo.
+    /// It is unknown whether the step was done; the string gives the reason. The saga attempts the step again as after
+    /// a failure; the participant remembers that there may be something to undo.
     Unknown(String),
 }
 

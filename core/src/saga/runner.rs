@@ -179,7 +179,7 @@ impl<C: SagaState> Runner<C> {
 
     /// Moves sagas that were started under the definition with this hash to the current definition. Each saga moves
     /// when its next input arrives. `migrate` returns the saga's progress in the current plan, at the step with the
-    /// same name. Steps that were not requested yet may be added, removed or moved. A step that was already requested
+    /// same name. Steps that have not been requested yet may be added, removed or moved. A step that has been requested
     /// keeps its number at the participants, even if its place changes. A saga that would repeat a step, or leave a
     /// step without its undo, is not moved, and its input fails with [`SagaRefusal::CannotMigrate`].
     pub fn migrate(mut self, from: &str, migrate: fn(&Progress) -> Progress) -> Self {

@@ -92,7 +92,7 @@ impl Timers {
         }
     }
 
-    /// Returns a text that names the services that do not answer.
+    /// Returns a message that names the services that do not answer.
     pub(super) fn silence(&self) -> Option<String> {
         let known = self.known();
         let one = |(service, sagas): (&String, &BTreeSet<Arc<str>>)| {

@@ -28,8 +28,8 @@ pub const COMMANDS_BYTES_MAX: usize = EVENT_BYTES_MAX - 60_000;
 /// The nesting depth at which a command's content begins within the event that sends the command.
 const COMMAND_DEPTH: usize = 4;
 
-/// The maximum number of characters of the reason in a `Fault`. The process writes faults to its log, where a reason
-/// should take no more than a line or two.
+/// The maximum number of characters of the reason in a `Fault`. The process prints faults as log lines (`tracing`),
+/// where a reason should take no more than a line or two.
 const FAULT_REASON_CHARS_MAX: usize = 300;
 
 /// An input to a running saga.

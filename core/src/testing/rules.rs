@@ -214,7 +214,7 @@ impl Ledger {
     }
 }
 
-/// Returns a text that describes the place of a saga.
+/// Returns a description of the saga's place in its plan.
 pub(super) fn place(progress: &Progress) -> String {
     match (progress.ended, progress.at) {
         (Some(_), _) => format!("that has ended {:?}", progress.status),

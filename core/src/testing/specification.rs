@@ -39,7 +39,7 @@ where
 }
 
 impl<A: Aggregate> Given<A> {
-    /// Lets the aggregate decide about a command.
+    /// Lets the aggregate decide on a command.
     pub fn when(self, command: A::Command) -> When<A> {
         let outcome = self.aggregate.decide(&command);
         When { aggregate: self.aggregate, outcome }
