@@ -1,4 +1,4 @@
-//! The only module that classifies SQLSTATEs and constraint names. The texts of messages are for people and are never
+//! The only module that classifies SQLSTATEs and constraint names. Error messages are for people and are never
 //! parsed.
 
 use annals::{CommitError, StoreError};
@@ -8,13 +8,13 @@ use sqlx::{error::DatabaseError, postgres::PgDatabaseError, postgres::PgSeverity
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The text is not a `postgres://` URL. The error does not repeat the text, which may hold a password.
+    /// The string is not a `postgres://` URL. The error does not repeat the string, which may hold a password.
     #[error("the store URL is not a valid PostgreSQL URL ({reason}); write `postgres://user@host/database`")]
     Url {
         /// What is wrong with the URL.
         reason: String,
     },
-    /// The text is not a valid name for a schema.
+    /// The string is not a valid name for a schema.
     #[error(
         "{schema:?} is not a valid schema name: use lower-case letters, digits and `_`, not starting with a digit \
          or `pg_`, at most 50"
@@ -136,7 +136,8 @@ const NO_SUCH_DATABASE: &str = "3D000";
 const READ_ONLY_TRANSACTION: &str = "25006";
 /// The code with which a standby refuses to begin a read-write transaction.
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
-/// The code that the store's function `append` raises if a document was written between the check and the write.
+/// The error code of the database function `append_checked` if another transaction wrote a document after the function
+/// had checked the document's version.
 const DOCUMENT_RACE: &str = "AN001";
 /// The code with which a pooler reports every error. Most importantly, the code means that the pooler has lost the
 /// server, so the outcome of the statements in flight is unknown.
@@ -173,7 +174,7 @@ fn is_not_primary(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Configuration(reason) if reason.is::<NotPrimary>())
 }
 
-/// Returns the text of an error, for people.
+/// Returns the message of an error, for people.
 fn text(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Configuration(reason) => reason.to_string(),
@@ -187,7 +188,7 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
     }
     let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) else {
         return match error {
-            // No statement was sent yet.
+            // No statement has been sent.
             sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => Fault::Unavailable,
             sqlx::Error::Encode(_) => Fault::Refused,
             _ => Fault::Lost,

@@ -5,8 +5,8 @@
 //! the primary, or when the database is restored to an earlier moment. An open session never sees such a change,
 //! because every session ends with its server. Each new session (behind a pooler, each transaction) is therefore
 //! checked against the known log before the session is used for anything else. If the log is a different one, the
-//! *history* gets a new number. Everything that was read under an older number is then void: proofs that a gap is
-//! settled, positions, caches, and waiting commits.
+//! *history* gets a new number. Everything that began or was read under an older number is then void: proofs that a gap
+//! is settled, positions, caches, and waiting commits.
 
 use std::{
     collections::BTreeMap,

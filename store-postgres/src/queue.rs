@@ -15,7 +15,7 @@ use crate::group::Prepared;
 /// group that is being written, and one group that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 4 * GROUP_COMMITS_MAX;
 /// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
-/// and few syncs would be saved.
+/// and hardly any more syncs would be saved.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
@@ -92,7 +92,7 @@ impl Drop for InFlightGuard {
 pub(crate) struct Queue {
     submissions: Mutex<mpsc::Receiver<Submission>>,
     in_flight: Arc<InFlight>,
-    /// Signals that the first writer has ended.
+    /// Signals to the second writer that the queue is closed and empty.
     done: Notify,
 }
 

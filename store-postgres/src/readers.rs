@@ -100,7 +100,8 @@ impl Sessions {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes and returns an idle session of the current history. Drops the sessions of older histories.
+    /// Removes and returns an idle session. Without a pooler, first drops the sessions of older histories; behind a
+    /// pooler, each transaction is checked instead.
     fn take_idle(&self) -> Option<(u64, PgConnection)> {
         let mut idle = self.idle();
         if !self.database.pooled {

@@ -165,7 +165,7 @@ impl OpenTransaction {
             Err(error @ (CommitError::Conflict { .. } | CommitError::DocumentConflict { .. })) => {
                 (Err(error), self.give_up().await.ok())
             }
-            // COMMIT was not sent yet, so nothing was committed.
+            // COMMIT has not been sent, so nothing was committed.
             Err(CommitError::Unknown(reason)) => (Err(unwritten(reason)), None),
             Err(error) => (Err(error), None),
             Ok(committed) => {

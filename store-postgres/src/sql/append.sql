@@ -1,4 +1,4 @@
--- Appends a group of commits; see the function `append`.
+-- Appends a group of commits; see the function `append_checked`.
 -- - binds of streams: $1 ids, $2 guessed versions, $3 ids of the events at these versions (NULL: any event), $4 whether
 --   the group locks the stream without writing to it (NULL: no lock)
 -- - binds of documents: $5 collections, $6 ids, $7 guessed versions, $8 whether the group removes the document first,

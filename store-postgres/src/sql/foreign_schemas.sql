@@ -1,5 +1,5 @@
 -- The other schemas whose names occur in a schema's functions. If a schema was renamed, or restored under another name,
--- the texts of its functions still contain the old name. (Views and triggers follow a renaming automatically.)
+-- the bodies of its functions still contain the old name. (Views and triggers follow a renaming automatically.)
 -- - binds: $1 schema
 -- - indexes used: those of the system catalogue
 SELECT DISTINCT named.schema
