@@ -1,4 +1,4 @@
-//! The only module that classifies SQLite's result codes. The texts of messages are for people and are never parsed.
+//! The only module that classifies SQLite's result codes. Error messages are for people and are never parsed.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +8,10 @@ use annals::{CommitError, StoreError};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The text is not `sqlite:PATH`.
+    /// The string is not `sqlite:PATH`.
     #[error("{url:?} is not a SQLite store URL; write `sqlite:PATH`, such as `sqlite:shop.db`")]
     Url {
-        /// The text that was given, or only its scheme if the text is a URL of another kind, which may contain a
+        /// The given string, or only its scheme if the string is a URL of another kind, which may contain a
         /// password.
         url: String,
     },
