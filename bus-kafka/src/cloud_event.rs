@@ -23,7 +23,7 @@ const ANY_STRUCTURED: &str = "application/cloudevents";
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// The number of headers of a message without extensions.
 const HEADERS: usize = 14;
-/// The overhead of a record in addition to its texts: names of headers, ids, numbers.
+/// The overhead of a record in addition to its strings: names of headers, ids, numbers.
 const RECORD_BYTES: usize = 640;
 /// The overhead of a header in addition to its name and value.
 const HEADER_BYTES: usize = 8;
@@ -220,7 +220,7 @@ struct RelayAttributes {
 }
 
 /// Parses a UUID in the form that Annals writes. A UUID in any other form is treated as text, because two different
-/// texts must remain two different ids.
+/// strings must remain two different ids.
 fn canonical(text: &str) -> Option<Uuid> {
     const CANONICAL: usize = 36;
     (text.len() == CANONICAL).then(|| Uuid::try_parse(text).ok()).flatten()
@@ -232,7 +232,7 @@ fn unique(text: &str) -> Option<Uuid> {
     canonical(text).filter(|id| !id.is_nil())
 }
 
-/// Returns whether a text is the name of a relay's lane, which consists of the number of the lane and the name of the
+/// Returns whether a string is the name of a relay's lane, which consists of the number of the lane and the name of the
 /// relay's log (16 hexadecimal digits).
 fn is_lane(text: &str) -> bool {
     const LOG: usize = 16;

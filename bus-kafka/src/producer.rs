@@ -157,7 +157,6 @@ struct SendContext {
     /// Whether a batch was too large for its topic and may have contained more than one message.
     too_large: AtomicBool,
     batch_bytes_max: usize,
-    /// The number of clients.
     clients: usize,
     room: Notify,
     /// The offsets up to which brokers have acknowledged messages. A producer shares these offsets with its

@@ -42,7 +42,7 @@ fn settings() -> Settings {
 
 #[tokio::test]
 async fn log_callbacks_delay_no_message() {
-    // The client checks, when it is created, whether anybody subscribes to its log.
+    // The client checks, when it is created, whether anybody subscribes to its log output.
     tracing_subscriber::fmt().with_max_level(LevelFilter::DEBUG).with_writer(std::io::sink).init();
     keeps_no_letter_waiting(settings().set("debug", "consumer,cgrp,topic,fetch")).await;
 }
