@@ -70,7 +70,8 @@ impl ActionArgs {
         }
         let (answered, answer) = oneshot::channel();
         let question = question.to_owned();
-        // No other task waits for this thread, which ends with the process.
+        // Reading the terminal blocks, so a separate thread reads the answer. After Ctrl-C, nothing waits for this
+        // thread; it ends with the process.
         std::thread::spawn(move || answered.send(ask(&question)));
         let answer = stop.unless(answer).await;
         if answer.is_none() {

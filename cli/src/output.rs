@@ -75,7 +75,7 @@ impl Output {
         self.line("")
     }
 
-    /// Prints a text to the right of a margin. On a narrow terminal, the text wraps between words and never inside a
+    /// Prints text to the right of a margin. On a narrow terminal, the text wraps between words and never inside a
     /// word, so that the reader can copy each word.
     pub fn with_margin(&mut self, margin: &str, text: &str) -> Result<(), Failure> {
         let room = if io::stdout().is_terminal() { Table::new().width() } else { None };
@@ -125,7 +125,7 @@ pub(crate) fn one_line(text: &str) -> String {
     shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Returns the start of a text, on one line.
+/// Returns the start of a string, on one line.
 pub(crate) fn short(text: &str, chars_max: usize) -> String {
     let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(chars_max + 1).collect();
     if one_line.chars().count() <= chars_max {

@@ -11,7 +11,7 @@ use annals_cli::Ops;
 
 use travel::{Place, Step, TripEvent, journey, planned};
 
-/// The event enum of another build, in which the price has become a text.
+/// The event enum of another build, in which the price has become a string.
 #[derive(Event, Clone, Debug)]
 #[event(prefix = "trip")]
 enum NewTripEvent {

@@ -1,5 +1,6 @@
-//! The command in a service's own binary, with the service's read models and with a handler that may see events twice.
-//! It runs on PostgreSQL while the service runs. Run by `./test`.
+//! Tests the `annals` command inside a service's own binary, which knows the service's read models and the handlers
+//! that are registered as safe to replay events to. The test of the read models runs on PostgreSQL while the service
+//! runs. Run by `./test`.
 #![allow(clippy::unwrap_used)]
 
 mod travel;

@@ -38,7 +38,7 @@ pub(crate) struct ExportReader {
     source: Source,
     header: Header,
     hasher: blake3::Hasher,
-    /// Bytes that were read but not yet hashed. Hashing many bytes at once is faster.
+    /// Bytes that have been read but not yet hashed. Hashing many bytes at once is faster.
     unhashed: Vec<u8>,
     /// The offset of the next line in a plain file, or of the next frame in a compressed one.
     offset: u64,

@@ -121,7 +121,7 @@ impl<'a> Restorer<'a> {
         let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
         let SentMessage { position, event, place, .. } = sent;
         if is_held {
-            // An earlier, interrupted run of this recovery has taken the event back, but had not yet recorded the work
+            // An earlier, interrupted run of this recovery had taken the event back, but had not yet recorded the work
             // to do again.
             if let Some(event) = event.filter(|_| position > self.restored_to) {
                 self.owe(&event, found);

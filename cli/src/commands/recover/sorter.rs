@@ -17,7 +17,7 @@ use crate::{
 
 /// The maximum number of bytes held in memory before they are moved to a file.
 const MEMORY_BYTES: usize = 64 << 20;
-/// The memory that an event takes in addition to its texts.
+/// The memory that an event takes in addition to its strings.
 const EVENT_BYTES: usize = 200;
 
 /// What a message says about the event from which the message was made.

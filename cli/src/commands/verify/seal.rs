@@ -89,7 +89,7 @@ pub(super) struct Seals {
     all_read: bool,
     /// The last position and the hash of the last seal seen.
     last: Option<(i64, String)>,
-    /// Events since that seal.
+    /// The events after the last seal seen.
     events: Vec<CheckedEvent>,
     /// Seals that will be written.
     added: Vec<Put>,
