@@ -41,8 +41,8 @@ pub enum ClaimError {
 }
 
 impl Claim {
-    /// Claims an open store. Returns `None` for a store that several shops may share, and for a store that no other
-    /// process can reach.
+    /// Claims a store that this process has opened. Returns `None` for a store that several shops may share, and for a
+    /// store that no other process can reach.
     pub fn on(store: &StoreUrl) -> Result<Option<Self>, ClaimError> {
         let StoreUrl::Sqlite(path) = store else { return Ok(None) };
         // Locks a separate file, named after the canonical path, so that the lock holds for every name of the store's

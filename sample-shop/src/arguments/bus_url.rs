@@ -18,7 +18,7 @@ pub enum BusUrlError {
     /// The scheme belongs to no bus.
     #[error("no bus has the scheme {0:?}; known are local:, kafka://host:port[,host:port]")]
     Scheme(String),
-    /// The text has no scheme.
+    /// The string has no scheme.
     #[error("the URL has no scheme; known are local:, kafka://host:port[,host:port]")]
     NoScheme,
     /// The URL has text after `local:`.

@@ -22,7 +22,7 @@ pub enum StoreUrlError {
     /// The scheme belongs to no store.
     #[error("no store has the scheme {0:?}; known are memory:, sqlite:PATH, postgres://…")]
     Scheme(String),
-    /// The text has no scheme.
+    /// The string has no scheme.
     #[error("the URL has no scheme; known are memory:, sqlite:PATH, postgres://…")]
     NoScheme,
     /// The URL has text after `memory:`.

@@ -53,8 +53,8 @@ pub struct Stopping {
 }
 
 impl Stopping {
-    /// Plans a stop that begins when `announced` is cancelled. The grace ends after `grace`, and then [`serve`] cancels
-    /// `over`.
+    /// Plans a stop that begins when `announced` is cancelled. From then on, [`serve`] still accepts requests for the
+    /// duration `grace`, and then cancels `over`.
     pub fn new(announced: CancellationToken, grace: Duration) -> Self {
         Self { announced, grace, over: CancellationToken::new() }
     }

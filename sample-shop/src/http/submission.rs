@@ -22,7 +22,7 @@ use super::{
 };
 use crate::order::{LINES_MAX, Line, request};
 
-/// The maximum length of an id, SKU or customer, in bytes. A stream id has room for a category and a text of this
+/// The maximum length of an id, SKU or customer, in bytes. A stream id has room for a category and an id of this
 /// length.
 pub const ID_BYTES_MAX: usize = 200;
 
@@ -140,7 +140,7 @@ pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem
     lines.iter().try_for_each(|line| sku(&line.sku))
 }
 
-/// Checks that the text can be a SKU.
+/// Checks that the string can be a SKU.
 pub fn sku(sku: &str) -> Result<(), Problem> {
     named("the SKU", sku).map_err(unprocessable)
 }
@@ -156,7 +156,7 @@ fn named(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// Returns the start of a text, long enough to recognize the text.
+/// Returns the start of a string, long enough to recognize the string.
 fn start(text: &str) -> String {
     text.chars().take(40).collect()
 }

@@ -30,7 +30,7 @@ pub enum OrderStep {
     CompleteReturn {
         return_id: String,
     },
-    /// Completes a closing with the books of the other services.
+    /// Completes a closing (a request for the totals of the whole shop) with the totals of the other services.
     Close {
         closing_id: String,
         books: ShopBooks,

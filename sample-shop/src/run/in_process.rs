@@ -60,7 +60,8 @@ impl Shop for InProcess {
 }
 
 impl InProcess {
-    /// Returns the shop on this store. The ledger must follow the store.
+    /// Returns the shop on this store. The caller must also run [`Ledger::follow`] for `ledger` on this store;
+    /// otherwise `wait_for_end` never returns for an order or a return.
     pub fn new(store: Arc<dyn EventStore>, repositories: Repositories, ledger: Ledger) -> Self {
         let stock = Repository::new(store.clone());
         Self { store, ledger, repositories, stock }
