@@ -21,7 +21,7 @@ use crate::{
 const LATENCY_MAX_US: u64 = 600_000_000;
 /// The maximum number of concurrent deliveries of the opening stock.
 const DELIVERIES_MAX: usize = 8;
-/// The number of SKUs per delivery of an opening stock.
+/// The number of SKUs per delivery of the opening stock.
 const DELIVERY_SKUS: usize = 1_000;
 
 /// The results of the submissions.

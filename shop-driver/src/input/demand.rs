@@ -40,7 +40,7 @@ pub struct StockFactor(Decimal);
 /// What is wrong with a stock factor.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StockFactorError {
-    /// The text is not a decimal number.
+    /// The string is not a decimal number.
     #[error("not a decimal number such as 0.9")]
     NotANumber,
     /// The factor is zero or below, or above [`StockFactor::MAX`].

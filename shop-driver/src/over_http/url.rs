@@ -12,7 +12,7 @@ pub struct HttpUrl(String);
 /// What is wrong with the URL of a shop. Never quotes a part of the URL that may be a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HttpUrlError {
-    /// The text is not of the form `http://host:port`.
+    /// The string is not of the form `http://host:port`.
     #[error("a shop is at http://host:port, such as http://127.0.0.1:8080")]
     Shape,
     /// The URL needs TLS.
