@@ -27,7 +27,8 @@ pub struct Arguments {
     /// The number of events in the log.
     #[arg(long, default_value_t = 1_000_000)]
     events: i64,
-    /// Folder for the data of the database server and for files: the disk that is measured.
+    /// Folder for the data of the database server and for files. The benchmark measures the disk that holds this
+    /// folder.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
     /// The number of rounds. All figures are measured once per round, and the median is printed.

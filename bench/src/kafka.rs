@@ -27,7 +27,7 @@ pub struct Arguments {
     /// The number of partitions per topic.
     #[arg(long, default_value_t = 8)]
     partitions: u32,
-    /// Folder for the data of the database server: the disk that is measured.
+    /// Folder for the data of the database server. The benchmark measures the disk that holds this folder.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
     /// The number of rounds. All figures are measured once per round, and the median is printed.

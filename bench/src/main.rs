@@ -42,7 +42,7 @@ struct Arguments {
     /// Run only this workload.
     #[arg(long)]
     only: Option<Workload>,
-    /// Folder for the database files: the disk that is measured.
+    /// Folder for the database files. The benchmark measures the disk that holds this folder.
     #[arg(long, default_value = ".")]
     directory: PathBuf,
     /// Print one JSON object per figure, instead of a table.

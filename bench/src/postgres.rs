@@ -40,7 +40,7 @@ pub struct Arguments {
     /// The number of aggregates to load. Each is loaded four times.
     #[arg(long, default_value_t = 5_000)]
     aggregates: usize,
-    /// Folder for the data of the server: the disk that is measured.
+    /// Folder for the data of the server. The benchmark measures the disk that holds this folder.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
     /// The number of rounds. All figures are measured once per round, and the median is printed.

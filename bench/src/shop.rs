@@ -43,7 +43,7 @@ pub struct Arguments {
     /// its just-in-time compiler.
     #[arg(long, default_value_t = 10_000)]
     warm_up: usize,
-    /// Folder for the data of the servers: the disk that is measured.
+    /// Folder for the data of the servers. The benchmark measures the disk that holds this folder.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     directory: PathBuf,
     /// The number of rounds. All figures are measured once per round, and the median is printed.
