@@ -368,7 +368,7 @@ fn prose_is_in_plain_words() {
     assert!(found.is_empty(), "say it in the words of docs/style.md: {found:#?}");
 }
 
-/// Returns the words of `DIALECT` in a text, except words in backticks.
+/// Returns the words of `DIALECT` that occur in the text outside backticks.
 fn dialect(text: &str) -> Vec<&'static str> {
     let prose: String = text.to_lowercase().split('`').step_by(2).collect::<Vec<_>>().join(" ");
     let words: Vec<&str> =

@@ -37,8 +37,8 @@ async fn assert_once(store: &Arc<dyn EventStore>, stream: &str, events: usize) {
 async fn repeated_command_is_found_for_any_number_of_events() {
     on_each_store(async |store| {
         for events in [1_000, 1_024, 1_025, 2_000, 9_999] {
-            // Also runs a command whose cause is not the command itself. The events of such a command do not show that
-            // they belong together.
+            // Also runs a command whose `causation_id` is not the command's own id. The events of such a command do not
+            // show that they belong together.
             for cause in [None, Some(Uuid::new_v4())] {
                 let (id, name) = (Uuid::new_v4(), Uuid::new_v4().to_string());
                 let metadata = Metadata { causation_id: cause.unwrap_or(id), ..Metadata::of_request(id) };

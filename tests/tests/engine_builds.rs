@@ -305,7 +305,7 @@ async fn rolling_forward_and_back_strands_no_saga() {
         alone.drain(DRAIN).await.unwrap();
         request(80).await;
         all_end(&world, 0..100, name).await;
-        // A reply that arrived twice may still be parked where the old build parked it.
+        // The old build may have parked a second copy of a reply. The new build handles it soon, so the test waits.
         for service in ALL {
             let parked = async || documents(&world.store, &format!("parked.{service}.commands")).await;
             eventually("nothing waits", async || parked().await.is_empty().then_some(())).await;

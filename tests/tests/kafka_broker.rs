@@ -29,7 +29,7 @@ const ROUNDS_AWAY: i64 = 850;
 /// The maximum number of messages that a relay passes to the client before an acknowledgement: 16 pages of 1,000.
 const MESSAGES_AHEAD_MAX: usize = 16_000;
 
-/// Counts the messages that were published but not yet acknowledged.
+/// Counts the messages that have been published but not yet acknowledged.
 struct Counting {
     inner: KafkaBus,
     ahead: Arc<AtomicUsize>,
@@ -198,8 +198,8 @@ async fn topic_emptied_before_its_end_loses_nothing() {
     broker.wipe();
     broker.resume();
     let consumer = pair.consumer().await;
-    // The topic is gone, and with it the messages that were sent but not yet handled. New messages are handled before
-    // the lost messages are sent again.
+    // The topic is gone, and with it the messages that had been sent but not yet handled. New messages are handled
+    // before the lost messages are sent again.
     add(&store, 30..40).await;
     let lost = 10 * TALLIES as i64;
     until("new messages are handled", async || sql.copies().await + lost >= sql.events().await).await;

@@ -22,7 +22,7 @@ const KILLS: u64 = 10;
 const PAST_THE_LEASE: Duration = Duration::from_secs(8);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// The task of the child processes.
+/// Runs the task of a child process. In the parent process, this test does nothing.
 #[test]
 fn process() {
     process::run();

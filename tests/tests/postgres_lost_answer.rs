@@ -16,10 +16,10 @@ use tokio::{
 
 use self::postgres::{PROMPTLY, Schema, append, numbers, url, whole_log};
 
-/// When to cut the connection that carries a given text to the server.
+/// When to cut the connection that carries a given string to the server.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Cut {
-    /// Cuts before the server receives the text.
+    /// Cuts before the server receives the string.
     Before,
     /// Cuts after the server has answered, and drops the answer.
     After,

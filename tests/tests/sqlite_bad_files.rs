@@ -185,7 +185,7 @@ async fn url_of_another_scheme_is_refused() {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: url.into() });
     }
-    // The error does not repeat a text that may hold a password.
+    // The error does not repeat a string that may hold a password.
     for url in ["postgres://shop:secret@localhost", "postgres://shop:secret", "postgres://db?password=secret"] {
         let error = SqliteStore::open_url(url).await.err().unwrap();
         assert_eq!(error, OpenError::Url { url: "postgres:…".into() });

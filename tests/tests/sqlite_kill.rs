@@ -19,7 +19,8 @@ use uuid::Uuid;
 
 const WRITERS: usize = 8;
 const KILLS: u64 = 20;
-/// The longest delay between an acknowledgement and the kill: the time of a few groups.
+/// The longest delay between an acknowledgement and the kill: about the time that the writer needs for a few groups of
+/// commits.
 const LATER_MICROSECONDS_MAX: u64 = 3_000;
 /// The environment variable that names the file of the process to kill. The process writes to that file until it is
 /// killed.
@@ -164,7 +165,7 @@ fn run_and_kill(file: &Path, after: u64) -> Vec<(usize, i64, i64)> {
         std::hint::spin_loop();
     }
     child.kill().unwrap();
-    // Lines that the process wrote before it died count as well, even if they were not yet read.
+    // Lines that the process wrote before it died count as well, even if the test has not read them yet.
     let _rest = lines.filter_map(&mut read).count();
     child.wait().unwrap();
     acknowledged
