@@ -99,7 +99,7 @@ pub struct Snapshot<A> {
 debug_fields!([A] Snapshot<A> { every, version });
 
 impl<A: serde::Serialize + serde::de::DeserializeOwned> Snapshot<A> {
-    /// Returns the settings for a snapshot after every `every` events, with the serde implementation of the state.
+    /// Returns settings that take a snapshot after every `every` events and use serde to write and read the state.
     pub const fn every(every: i64, version: i32) -> Self {
         Self { every, version, save: |state| to_json_exact(state), load: |text| serde_json::from_str(text) }
     }

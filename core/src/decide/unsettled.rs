@@ -22,7 +22,7 @@ pub(crate) struct Unsettled {
     pub streams: Vec<UnsettledStream>,
 }
 
-/// The staged part of one stream.
+/// The staged events of one stream.
 #[derive(Clone, Debug)]
 pub(crate) struct UnsettledStream {
     pub stream: StreamId,

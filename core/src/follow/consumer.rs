@@ -80,8 +80,8 @@ impl From<crate::store::StoreError> for Ended {
 }
 
 impl Group {
-    /// Creates a consumer group with this name. The group's offsets are stored under the name. The rules for names are
-    /// those of [`Subscription::new`](crate::Subscription::new).
+    /// Creates a consumer group with this name. The store keeps the group's offsets under this name. The rules for
+    /// names are those of [`Subscription::new`](crate::Subscription::new).
     pub fn new(name: &str, topics: &[&str], handler: impl Handler) -> Self {
         Self {
             name: name.into(),

@@ -194,8 +194,7 @@ impl Worker {
                 work.begin(uuid::Uuid::nil(), Default::default());
                 self.park(item, work, parked, None);
             } else {
-                // A new part of the work begins with each message, because a rollback must undo only the work of this
-                // message.
+                // Each message begins a new part of the work, so that a rollback undoes only the work of that message.
                 match &item.message {
                     Ok(message) => work.begin(message.id, message.effects()),
                     Err(_) => work.begin(uuid::Uuid::nil(), Default::default()),

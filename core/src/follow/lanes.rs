@@ -1,8 +1,8 @@
 //! The number of lanes of a subscription or relay, as recorded in the store, and changes of that number.
 //!
 //! The checkpoint of each lane records the number. If there are several lanes, one commit creates all their
-//! checkpoints. A single lane uses the same document as the first of several lanes, so this document can be created by
-//! the first commit of the lane. If the checkpoint of a lane is missing or records another number, the lane was
+//! checkpoints. A single lane uses the same document as the first of several lanes, and the first commit of that single
+//! lane may create the document. If the checkpoint of a lane is missing or records another number, the lane was
 //! therefore replaced, and no worker follows it.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};

@@ -220,8 +220,7 @@ impl Worker {
             // An unavailable store is not the message's fault and does not count as an attempt, but the message still
             // waits before the next retry.
             Remedy::AwaitStore => parked.attempts,
-            // Attempts by builds that could not handle the message do not count for a build that can handle the
-            // message.
+            // This build can handle the message. Earlier attempts, by builds that could not, do not count.
             Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
             Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
         };

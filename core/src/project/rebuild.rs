@@ -34,8 +34,9 @@ const COUNT_AGAIN: Duration = Duration::from_secs(1);
 /// failover.
 const OUTAGE_MAX: Duration = Duration::from_secs(60);
 
-/// The rebuilt views of a read model. The rebuilt views have their own generation and are kept up to date next to the
-/// live views. If the `Rebuild` is dropped or its process dies, a later build removes the abandoned generation.
+/// The rebuilt views of a read model. The rebuilt views have a generation of their own, and stay up to date while the
+/// live views still serve readers. If the `Rebuild` is dropped or its process dies, a later build removes the abandoned
+/// generation.
 pub struct Rebuild {
     store: Arc<dyn EventStore>,
     model: &'static str,

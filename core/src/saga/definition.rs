@@ -157,7 +157,7 @@ impl<C: SagaState> Saga<C> {
         format!("saga.{}", self.name)
     }
 
-    /// Returns the number of steps at the start of the plan that can be undone.
+    /// Returns the number of compensatable steps, which all come first in the plan.
     pub(crate) fn compensatable(&self) -> usize {
         self.steps.iter().take_while(|step| step.kind == Kind::Compensatable).count()
     }

@@ -171,7 +171,8 @@ impl<P: Participant> StepHandler<P> {
             },
             Ok(Answer::Refused(reason)) => match step.refused(reason) {
                 refused @ Outcome::Refused(_) => return Ok(refused),
-                // The saga asks again. The effects staged with the refusal must not be stored once per attempt.
+                // The saga attempts the step again. If the effects staged with the refusal were stored, they would be
+                // stored once per attempt.
                 failed => failed,
             },
             Err(StepError::Store(error @ StoreError::Unavailable(_))) => return Err(error.into()),

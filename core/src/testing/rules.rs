@@ -72,8 +72,8 @@ impl Ledger {
         self.unheard.contains_key(&(at, call))
     }
 
-    /// Removes and returns the reply to a call that was done with an unknown outcome, when a later attempt learns that
-    /// outcome.
+    /// Removes and returns the reply to a call that was done with an unknown outcome. This function is called when a
+    /// later attempt learns the outcome.
     pub fn heard_now(&mut self, at: StepRef, call: usize) -> Option<Value> {
         self.unheard.remove(&(at, call)).and_then(|reply| reply.parse().ok())
     }
