@@ -45,7 +45,7 @@ pub(crate) struct Idle(u64, PgConnection);
 /// An open transaction, with a savepoint after the SQL of each message.
 pub(crate) struct OpenTransaction {
     connection: PgConnection,
-    /// The number of the history to which the transaction writes.
+    /// The number of the history in which the transaction began.
     history: u64,
     id: Uuid,
     /// The last event written in the transaction.
