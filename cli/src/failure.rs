@@ -34,7 +34,7 @@ impl Failure {
     }
 }
 
-/// Errors that name the thing, the reason and the remedy themselves.
+/// Conversions of errors whose own messages name the subject, the reason and the remedy.
 macro_rules! messages {
     ($($error:ty),+) => {$(
         impl From<$error> for Failure {

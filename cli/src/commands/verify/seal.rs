@@ -1,8 +1,8 @@
 //! Seals are documents that record the log, event by event, at the time of sealing. Each seal contains the hash of the
 //! previous seal. One more document records the state of each stream's hash chain.
 //!
-//! Seals expose changes to the log by anyone who does not know about seals or cannot write documents. Anyone who can
-//! write both log and documents can create new seals. To detect that too, the operator keeps the hash of a seal
+//! Seals reveal that somebody has changed the log, unless that person knows about seals and can write documents. Anyone
+//! who can write both log and documents can create new seals. To detect that too, the operator keeps the hash of a seal
 //! elsewhere, and a later run checks that this hash is still there.
 
 use std::{

@@ -16,7 +16,7 @@ const NUMBER_BYTES: usize = 8;
 /// A key whose last bits are evenly distributed, and numbers.
 pub(super) type KeyedRecord<const NUMBERS: usize> = (u128, [i64; NUMBERS]);
 
-/// Collects records, and sorts them file by file.
+/// Collects records in files, and then sorts each file in memory.
 pub(super) struct Sorter<const NUMBERS: usize> {
     files: Vec<BufWriter<File>>,
     bytes: Vec<u8>,
