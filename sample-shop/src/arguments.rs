@@ -94,8 +94,8 @@ pub struct Connection {
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
-    /// value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// The bus between the services: `local:` (inside this process) or `kafka://host:port[,host:port][?name=value&…]`.
+    /// Any value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL", default_value = "local:")]
     pub bus: BusUrl,
     /// The name of this process, if several processes share one PostgreSQL. A process that is restarted with the same
@@ -193,8 +193,8 @@ pub struct Serve {
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
-    /// How services talk: `local:`, that is inside this process, or `kafka://host:port[,host:port][?name=value&…]`. Any
-    /// value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
+    /// The bus between the services: `local:` (inside this process) or `kafka://host:port[,host:port][?name=value&…]`.
+    /// Any value can come from a file or the environment: `?sasl.password_file=PATH`, `?sasl.password_env=VARIABLE`.
     #[arg(long, value_name = "URL")]
     pub bus: BusUrl,
     /// Answer HTTP at this address, such as 127.0.0.1:8080; port 0 means any free port. Any client that reaches the

@@ -1,4 +1,5 @@
-//! The shop acknowledges an accepted order, return or supply, even if the store fails after accepting it.
+//! The shop acknowledges an order, a return or a supply that its store has accepted, even if the store fails
+//! immediately afterwards.
 #![allow(clippy::unwrap_used)]
 
 use std::{sync::Arc, time::Duration};

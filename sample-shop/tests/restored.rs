@@ -169,7 +169,7 @@ impl Schemas {
         self.ask(role, "SELECT count(*) FROM annals.events").await
     }
 
-    /// Starts a recovery, and kills it at this moment. Returns `false` if the recovery gave up before that moment.
+    /// Starts a recovery, and kills it at the given moment. Returns `false` if the recovery gave up before that moment.
     async fn is_killed(&self, role: &str, start: impl Fn() -> Child, moment: Moment) -> bool {
         let events = self.locked(role, "events").await;
         let mut recovery = start();

@@ -293,7 +293,7 @@ fn submission_can_wait_for_its_end() {
 #[test]
 fn order_can_be_cancelled_until_it_is_confirmed() {
     let shop = Serving::all("memory:");
-    // There is no stock, so the order may already be cancelled for that reason.
+    // There is no stock, so the checkout may cancel the order before the request does.
     shop.post("/orders", "1", &order(1));
     let cancelled = shop.ask("POST", "/orders/1/cancel", &[], "");
     assert_eq!((cancelled.status, &cancelled.json()["status"]), (200, &json!("cancelled")), "{cancelled:?}");

@@ -62,7 +62,8 @@ async fn count(store: &Path, type_name: &str) -> i64 {
     count.fetch_one(&mut file).await.unwrap_or(0)
 }
 
-/// Waits until the shop has made this progress. A file does not announce its changes, so the test polls it.
+/// Waits until the store has at least `least` events of this type. A file does not announce its changes, so the test
+/// polls the file.
 async fn until(store: &Path, type_name: &str, least: i64) {
     let started = Instant::now();
     while count(store, type_name).await < least {

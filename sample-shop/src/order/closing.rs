@@ -1,4 +1,4 @@
-//! Closings: a closing asks every service for its books, and adds them up.
+//! Closings: a closing asks every service for its books (its totals), and adds up these books.
 
 use std::collections::BTreeMap;
 
