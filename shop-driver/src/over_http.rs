@@ -111,7 +111,7 @@ struct SagaSeen {
     last_error: Option<String>,
 }
 
-/// The part of a supply in an answer that shows what was accepted.
+/// The units in the shop's answer about a supply, which show what the shop has accepted.
 #[derive(Deserialize)]
 struct SupplySeen {
     #[serde(rename = "delivered", alias = "adjusted")]

@@ -3,8 +3,7 @@
 pub(super) struct Record {
     /// The physical line on which the record starts.
     pub line: u64,
-    /// The fault in the record, if there is one. The fields from the fault on are missing. The fields before the fault
-    /// are present.
+    /// The fault in the record, if there is one. The record then has only the fields before the fault.
     pub flaw: Option<&'static str>,
     /// Whether a field is not UTF-8 and was therefore read as Windows-1252.
     pub recoded: bool,
