@@ -32,7 +32,7 @@ pub fn jars() -> String {
     env::var("KAFKA_JARS").unwrap_or_else(|_| panic!("KAFKA_JARS is not set: run the tests by ./test"))
 }
 
-/// The message in a broker's log if its port is taken.
+/// The message that a broker prints if its port is taken.
 const PORT_TAKEN: &str = "Address already in use";
 
 /// A broker of a cluster that belongs to one test. The process is a child of the test, so that Ctrl-C ends both.
@@ -144,7 +144,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Kills the broker with -9.
+    /// Kills the broker with SIGKILL.
     pub fn kill(&mut self) {
         let Some(mut broker) = self.running.take() else { return };
         let id = broker.id();

@@ -197,7 +197,7 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     desk.send(vec![once.clone(), desk.command(undo, 2, 5), once]).await;
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
     assert!(matches!(desk.reply().await, Outcome::Done(_)));
-    // The step arrives again, far too late. The participant refuses the step, which stays undone.
+    // The step arrives again, far too late. The participant refuses the step, so the effect of the undo remains.
     desk.send(vec![desk.command(step, 3, 6)]).await;
     assert_eq!(desk.reply().await, Outcome::Refused("the step was undone, or its undo arrived first".into()));
     desk.send(vec![desk.command(undo, 3, 7)]).await;
@@ -413,8 +413,8 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     desk.close(1).await;
 }
 
-/// The moment at which a process that does owed work is killed. The number counts the pieces of work that this process
-/// has done before.
+/// The moment at which to kill a process that repeats lost work. The number is the number of pieces of work that this
+/// process has done before.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Kill {
     /// The participant is working.
@@ -467,7 +467,7 @@ async fn process_that_owes_work() {
     std::future::pending::<()>().await;
 }
 
-/// Runs the process until it reaches the moment `kill`, and then kills it with -9.
+/// Runs the process until it reaches the moment `kill`, and then kills it with SIGKILL.
 fn run_and_kill(file: &Path, kill: Kill) {
     let mut child = Command::new(env::current_exe().unwrap())
         .args(["--exact", "process_that_owes_work", "--nocapture"])

@@ -255,7 +255,8 @@ fn ended_runtime_leaves_no_queue_behind() {
     ending.shutdown_timeout(std::time::Duration::from_secs(10));
     lasting.block_on(async {
         assert!(within("the first", first).await.unwrap_err().is_cancelled());
-        // The second command either waited behind the first or was sent after it. In both cases it must get an answer.
+        // The second command either waited behind the first or was sent after it. In both cases, the second command
+        // must get an answer.
         let second = within("the second", second).await.unwrap();
         assert!(matches!(second, Ok(()) | Err(ExecuteError::Unavailable(_))), "{second:?}");
         within("the third", tallies.execute("a", TallyCommand::Add(3), Uuid::new_v4())).await.unwrap();

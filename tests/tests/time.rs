@@ -266,7 +266,7 @@ fn patient() -> Saga<Trip> {
     short(10 * DAY, Some(Duration::from_secs(30)))
 }
 
-/// Not a test of its own: this function is the work of the other process.
+/// Runs the second process, whose clock differs. Without the environment variable, this test does nothing.
 #[test]
 fn instance_with_another_clock() {
     let Ok(location) = env::var(SHARED_STORE) else { return };

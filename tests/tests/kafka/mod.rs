@@ -420,7 +420,7 @@ pub async fn add(store: &Arc<dyn EventStore>, rounds: std::ops::Range<i64>) {
     }
 }
 
-/// Returns the append of one amount to one tally.
+/// Returns an append that adds one amount to one tally.
 pub fn append(stream: &str, amount: i64) -> Append {
     let event = NewEvent {
         id: Uuid::new_v4(),

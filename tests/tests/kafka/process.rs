@@ -157,7 +157,7 @@ impl Process {
         self.says("reached").await;
     }
 
-    /// Kills the process with -9.
+    /// Kills the process with SIGKILL.
     pub fn kill(mut self) {
         assert_eq!(self.child.try_wait().unwrap(), None, "the process has ended by itself");
         self.child.kill().unwrap();

@@ -74,7 +74,7 @@ impl Pooler {
         }
     }
 
-    /// Kills the pooler with -9.
+    /// Kills the pooler with SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {
             running.kill().ok();

@@ -168,7 +168,7 @@ impl Server {
         self.port
     }
 
-    /// Kills all processes of the server with -9.
+    /// Kills all processes of the server with SIGKILL.
     pub fn kill(&mut self) {
         let Some(mut postmaster) = self.running.take() else { return };
         let id = postmaster.id();
