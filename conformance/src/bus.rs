@@ -380,7 +380,8 @@ pub async fn large_batch_arrives<S: Subject>() {
     within("receipt", receipt).await.unwrap();
 }
 
-/// A receipt resolves when the messages are durable by the definition of the bus. Dropping a receipt has no effect.
+/// A receipt resolves once the messages are durable, in the sense in which the bus defines durability. Dropping a
+/// receipt has no effect.
 pub async fn receipts_resolve<S: Subject>() {
     let (bus, topic) = (S::bus().await, S::topic().await);
     let mut member = Member::join(&*bus, "receipts", &topic).await;
