@@ -27,10 +27,10 @@ pub enum State {
     Starting,
     /// The part works.
     Fine,
-    /// The part works, but needs an operator. The text gives the reason and the remedy. Neither a restart nor another
+    /// The part works, but needs an operator. The string gives the reason and the remedy. Neither a restart nor another
     /// instance would help.
     NeedsAttention(String),
-    /// The part is idle because another instance does its work. The text gives the instance or the reason.
+    /// The part is idle because another instance does its work. The string names the instance or gives the reason.
     Elsewhere(String),
     /// The part retries after this failure.
     Trouble(String),

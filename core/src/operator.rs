@@ -142,7 +142,7 @@ impl OperatorEvent {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum OperatorError {
-    /// The action is not possible. The text gives the reason.
+    /// The action is not possible. The string gives the reason.
     #[error("{0}")]
     Illegal(String),
     /// The name belongs to a group that consumes topics of the bus. Such a group has no position in the log that could

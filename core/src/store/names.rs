@@ -21,7 +21,7 @@ pub struct Segment {
     pub name: Arc<str>,
     /// The first position of the segment. The segment ends before the first position of the next segment.
     pub first: Position,
-    /// If a restore of the database started the segment: the last position of the restored log. Between
+    /// The last position of the restored log, if a restore of the database was the reason to start the segment. Between
     /// `restored_to` and `first`, the log contains only events that were recovered from topics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_to: Option<Position>,

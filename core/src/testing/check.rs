@@ -90,8 +90,8 @@ impl std::error::Error for Violation {}
 /// - [`every_step_fails`](Check::every_step_fails): any step that may be refused is refused; any call and any undo may
 ///   fail again and again, or may be done with an unknown outcome, until the saga gives up; then an operator retries;
 /// - [`every_message_repeats`](Check::every_message_repeats): any message arrives twice, late, out of order, or never;
-/// - [`every_timer_fires`](Check::every_timer_fires): any step times out, whether its command is still on the way, is
-///   carried out already or is lost; and the deadline of the saga passes at any moment.
+/// - [`every_timer_fires`](Check::every_timer_fires): any step times out, no matter whether its command is still in
+///   flight, has been carried out or is lost; and the deadline of the saga passes at any moment.
 ///
 /// [`everything`](Check::everything) switches on all three.
 ///
