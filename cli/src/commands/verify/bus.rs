@@ -1,8 +1,8 @@
 //! Compares the topics with the log. Every message that the log records as sent must be in the topics, unchanged. The
 //! topics must not contain any other message under the name of this log.
 //!
-//! Expected and found messages are sorted together in temporary files. Memory use does not grow with their number, and
-//! the messages of resends, lanes and partitions may come in any order.
+//! Expected and found messages are sorted together in temporary files. Memory use does not grow with their number.
+//! Repeated messages, and the messages of different lanes and partitions, may come in any order.
 
 mod diff;
 mod topics;

@@ -9,8 +9,8 @@ use crate::{failure::Failure, stream_key::stream_key};
 /// The hash of everything that a store keeps about an event.
 pub(super) type Digest = [u8; 32];
 
-/// Hashes an event. The length of each text is hashed before the text, so that two different events never hash the same
-/// bytes.
+/// Hashes an event. The length of each string is hashed before the string, so that two different events never hash the
+/// same bytes.
 fn digest(event: &Stored<'_>) -> Digest {
     let mut bytes = Vec::with_capacity(256 + event.data.len());
     for number in
