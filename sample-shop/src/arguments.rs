@@ -90,7 +90,7 @@ pub enum Command {
 /// The store and the bus.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
+    /// The store of the events: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL", default_value = "sqlite:shop.db")]
     pub store: StoreUrl,
@@ -119,7 +119,7 @@ fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
 /// The options of the output.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
-    /// Make the last line the summary as JSON.
+    /// Print the summary as JSON on the last line.
     #[arg(long)]
     pub json: bool,
     /// Show no progress.
@@ -189,7 +189,7 @@ pub struct Serve {
     /// The service to run.
     #[arg(value_name = "SERVICE")]
     pub role: Role,
-    /// Where events are kept: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
+    /// The store of the events: `memory:`, `sqlite:PATH` or `postgres://…`. A password can come from a file or the
     /// environment: `?password_file=PATH`, `?password_env=VARIABLE`, PGPASSWORD or PGPASSFILE.
     #[arg(long, value_name = "URL")]
     pub store: StoreUrl,
