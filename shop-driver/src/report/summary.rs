@@ -226,8 +226,8 @@ struct LatencyMs {
     p99: Fixed,
 }
 
-/// A JSON number with a fixed number of decimals. Trailing zeros are kept, so that columns of such numbers line up in a
-/// log.
+/// A JSON number with a fixed number of decimals. Trailing zeros are kept, so that columns of such numbers line up in
+/// log output.
 struct Fixed(usize, f64);
 
 impl Serialize for Fixed {
