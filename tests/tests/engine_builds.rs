@@ -127,8 +127,8 @@ async fn migration_adds_removes_and_moves_unrequested_steps() {
                 }
                 let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
                 if ledger.is_empty() {
-                    // The booking was requested and done. If the new plan lacked the booking, it would never be
-                    // compensated.
+                    // The booking was requested and done. A saga that moved to a plan without the booking could never
+                    // compensate it.
                     let error = refusal(&world, "a", runtime).await;
                     assert!(
                         error.contains("step \"book\" was requested, but the plan does not have the step"),
