@@ -229,7 +229,7 @@ impl Reporter {
         }
     }
 
-    /// Sets or clears the reason why the part needs an operator. The reason is shown while the part works.
+    /// Sets or clears the reason why the part needs an operator. The reason is shown only while the part works.
     pub fn attention(&mut self, attention: Option<String>) {
         if self.attention != attention {
             self.attention = attention;

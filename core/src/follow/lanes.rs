@@ -58,7 +58,7 @@ pub(crate) struct Lanes<'a> {
     pub name: &'a str,
     /// The number of lanes that the program requests.
     pub wanted: u32,
-    /// The start of lanes without a checkpoint.
+    /// Where lanes without a checkpoint start.
     pub start: Start,
 }
 
