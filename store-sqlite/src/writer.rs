@@ -26,8 +26,8 @@ use crate::{
 /// being written, and one group that waits.
 pub(crate) const QUEUE_COMMITS_MAX: usize = 2 * GROUP_COMMITS_MAX;
 /// The maximum number of commits in a group. In a larger group, the first commit would wait too long for the last one,
-/// and few syncs would be saved. A thousand callers are served faster in two halves: one half of the callers prepares
-/// commits while the commits of the other half are written.
+/// and hardly any more syncs would be saved. A thousand callers are served faster in two halves: one half of the
+/// callers prepares commits while the commits of the other half are written.
 const GROUP_COMMITS_MAX: usize = 512;
 /// A group takes no further commit once it has this many rows.
 const GROUP_ROWS_MAX: usize = 4_096;
