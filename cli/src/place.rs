@@ -7,7 +7,8 @@ use chrono::{DateTime, Utc};
 /// that the clocks of several writers may differ. An event whose time is within that difference of `time` may be on the
 /// wrong side of the returned position.
 pub(crate) async fn position_at(archive: &dyn Archive, time: DateTime<Utc>) -> Result<Position, StoreError> {
-    // Invariant: all events up to `before` are earlier than `time`, and no event after `until` is.
+    // Invariant: all events up to `before` were recorded before `time`, and no event after `until` was recorded before
+    // `time`.
     let mut before = 0;
     let mut until = archive.status().await?.head.0;
     while before < until {
