@@ -400,7 +400,7 @@ impl Reader<'_> {
 mod tests {
     use super::*;
 
-    /// Writes a crate, and returns it as read.
+    /// Writes the files of a crate, and returns the folder and the crate that was read from the folder.
     fn written(files: &[(&str, &str)]) -> (tempfile::TempDir, Crate) {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in files {
