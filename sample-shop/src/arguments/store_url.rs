@@ -107,7 +107,7 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Same as [`Display`](fmt::Display), because debug output ends up in log output.
+/// Same as [`Display`](fmt::Display), because debug output is often logged.
 impl fmt::Debug for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
