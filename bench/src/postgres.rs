@@ -1,5 +1,5 @@
-//! Compares the PostgreSQL store with its limits. Plain sqlx on the same table runs before and after the store, in the
-//! same run.
+//! Compares the PostgreSQL store with its limits. The baselines are plain sqlx on the same table, in the same run as
+//! the store.
 
 pub mod counters;
 pub mod ours;

@@ -61,7 +61,8 @@ impl<S: Shop> Customers<S> {
         self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the stock unless an earlier run has opened it, and waits until all its deliveries are booked.
+    /// Submits the deliveries of the opening stock, and waits until all of them are booked. A delivery that an earlier
+    /// run submitted is not booked again.
     pub async fn open_stock(&self, stock: BTreeMap<String, u64>, input: &str) -> Result<(), RunError> {
         let slots = Arc::new(Semaphore::new(DELIVERIES_MAX));
         let mut deliveries = JoinSet::new();

@@ -11,8 +11,8 @@ use crate::{
 };
 
 /// Calls [`append`] in a separate transaction. This takes one statement, unless a pooler requires an explicit
-/// transaction. `history` is the number of the history when the group was submitted. If the number has changed, nothing
-/// is written.
+/// transaction. `history` is the number of the history when the group was submitted. Behind a pooler, this function
+/// writes nothing if the number has changed; without a pooler, the caller has checked the number.
 pub(crate) async fn append_alone(
     database: &Database,
     connection: &mut PgConnection,

@@ -212,7 +212,8 @@ impl Notifications {
                     None => database.connect(Purpose::Read).await?.1,
                 };
                 let session = connection.insert(open);
-                // The statements have no binds, so each statement is one message and needs no transaction around it.
+                // The statements have no binds, so each statement is sent in a single protocol message. Even behind a
+                // pooler, such a statement needs no transaction around it.
                 database.check(&mut *session, Purpose::Read).await?;
                 let newest = sqlx::raw_sql(database.statements.newest.sql()).fetch_optional(session).await?;
                 newest.map_or(Ok(0), |newest| newest.try_get::<i64, _>(0))

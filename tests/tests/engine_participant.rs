@@ -413,8 +413,8 @@ async fn work_that_a_busy_stream_has_already_is_not_done_again() {
     desk.close(1).await;
 }
 
-/// The moment at which to kill a process that repeats lost work. The number is the number of pieces of work that this
-/// process has done before.
+/// The moment at which to kill a process that repeats lost work. The field is the number of pieces of work that the
+/// process finishes before the piece at which it is killed.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Kill {
     /// The participant is working.

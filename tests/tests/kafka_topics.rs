@@ -173,7 +173,7 @@ async fn console_consumer_reads_our_messages() {
     relay.drain(DRAIN).await.unwrap();
 }
 
-/// Installations that share a cluster have the same services, with the same topics and groups.
+/// All installations on the cluster use the same names of topics and groups; only the prefixes differ.
 #[tokio::test]
 async fn installations_with_prefixes_share_a_cluster() {
     let topic = topic();

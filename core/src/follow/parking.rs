@@ -282,7 +282,7 @@ impl ParkedKeys {
         self.first(key).is_some_and(|first| first.awaits_build)
     }
 
-    /// Returns the keys whose first message a worker tries before it is due.
+    /// Returns each key whose first message can be tried at once, because no worker waits until that message is due.
     pub fn freed(&self) -> impl Iterator<Item = &Arc<str>> {
         self.keys.iter().filter(|(_, places)| places.front().is_some_and(|first| first.waits)).map(|(key, _)| key)
     }
