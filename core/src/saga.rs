@@ -5,11 +5,13 @@
 //! |---|---|
 //! | `definition` | the plan: compensatable steps, at most one pivot, then retriable steps |
 //! | `progress` | the progress of one saga, and the events that record it |
+//! | `glimpse` | reads single fields of the events |
 //! | `transition` | the pure function from progress and input to progress and commands |
 //! | `instance` | a saga as an aggregate |
 //! | `migration` | moves a saga to another plan, or refuses the move |
 //! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
 //! | `participant` | the receiving side: carries out each step once |
+//! | `step_command` | a command of a saga as a message to a participant |
 //! | `barrier` | decides which steps a participant carries out, and rejects late and repeated steps |
 //! | `owed` | work that a restored participant repeats before it accepts commands |
 //! | `end` | lets callers outside of a saga wait until the saga ends |
@@ -24,6 +26,7 @@ mod definition;
 mod diagram;
 mod end;
 mod firing;
+mod glimpse;
 mod index;
 mod instance;
 mod migration;
@@ -32,16 +35,17 @@ mod participant;
 mod path;
 mod progress;
 mod runner;
+mod step_command;
 mod timers;
 mod transition;
 
-pub(crate) use barrier::attribute;
-pub use barrier::{Participation, Step, StepCommand, StepEvent, StepState, decide_step};
+pub use barrier::{Participation, Step, StepEvent, StepState, decide_step};
 pub use definition::{
     ATTEMPTS_MAX, AfterPivot, Closing, Kind, NeedsUndo, Open, Plan, RETRY_DELAY_MAX, RETRY_DELAY_MIN, STEP_TIMEOUT,
     Saga, SagaState, StepRequest, Undoable,
 };
 pub use end::wait_for_end;
+pub use glimpse::{CurrentStep, Glimpse};
 pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Definitions, SagaCommand, SagaInput};
@@ -57,4 +61,5 @@ pub use progress::{
 };
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
+pub use step_command::StepCommand;
 pub use transition::{COMMANDS_BYTES_MAX, Input, Transition, begin, transition};

@@ -5,10 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use annals::{LogQuery, Recorded, StreamId, Version, saga::Command};
+use annals::{
+    LogQuery, Recorded, StreamId, Version,
+    saga::{Command, Glimpse},
+};
 use clap::Args;
 use futures::TryStreamExt;
-use serde::{Deserialize, Serialize};
+use serde::{Serialize, de::IgnoredAny};
 use uuid::Uuid;
 
 use crate::{
@@ -55,13 +58,6 @@ struct Node {
     to: Option<String>,
     /// The time since the first event, in milliseconds.
     after_ms: i64,
-}
-
-/// The one field of a saga event that this command needs.
-#[derive(Deserialize)]
-struct SentCommands {
-    #[serde(default)]
-    send: Vec<Command>,
 }
 
 pub(crate) async fn run(arguments: TraceArgs, store: &Store, output: &mut Output) -> Result<Verdict, Failure> {
@@ -135,8 +131,8 @@ fn tree(events: &[Arc<Recorded>]) -> Vec<Node> {
         if !event.stream.category().starts_with("saga.") {
             continue;
         }
-        let sends = serde_json::from_str::<SentCommands>(&event.data).map(|sends| sends.send).unwrap_or_default();
-        for command in sends {
+        let sent = Glimpse::<IgnoredAny, Vec<Command>>::of(&event.data);
+        for command in sent.map(|event| event.send).unwrap_or_default() {
             // All attempts at a step share one command id. The tree shows the command at its first attempt.
             if commands.insert(command.id, ()).is_none() {
                 nodes.push(Node {

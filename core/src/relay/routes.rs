@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use serde::Deserialize;
-
 use crate::{
     bus::{Message, Outgoing},
-    event::{DecodeError, EventError, Recorded, Version},
-    saga::{Command, StepEvent, attribute},
+    event::{DecodeError, EventError, Recorded},
+    saga::{Command, CurrentStep, Glimpse, StepCommand, StepEvent},
     store::LogQuery,
 };
 
@@ -66,40 +64,11 @@ impl Routes {
     }
 
     fn commands(&self, event: &Recorded) -> Result<Vec<Outgoing>, DecodeError> {
-        #[derive(Deserialize)]
-        struct Sending {
-            #[serde(default)]
-            send: Vec<Command>,
-            progress: SendingProgress,
-        }
-        #[derive(Deserialize)]
-        struct SendingProgress {
-            step: String,
-        }
-        let Sending { send, progress: SendingProgress { step } } =
-            serde_json::from_str(&event.data).map_err(|error| unreadable(event, error.to_string()))?;
+        let Glimpse { send, progress: CurrentStep { step }, .. }: Glimpse<_, Vec<Command>> =
+            Glimpse::of(&event.data).map_err(|error| unreadable(event, error.to_string()))?;
         let message = |command: Command| {
-            let extensions = [
-                (attribute::AT, command.at.to_string()),
-                (attribute::STEP_NAME, step.clone()),
-                (attribute::CALL, command.call.to_string()),
-                (attribute::ATTEMPT, command.attempt.to_string()),
-                (attribute::MUST_SUCCEED, command.must_succeed.to_string()),
-                (attribute::REPLY_TO, self.service.to_string()),
-            ];
-            let message = Message {
-                // The effects of the command are derived from the id of the command, so that the command takes effect
-                // only once, however many attempts are made.
-                id: command.id,
-                type_name: command.type_name.into(),
-                schema_version: command.schema_version,
-                data: <Box<str>>::from(command.data).into(),
-                metadata: event.metadata.caused_by(event.id),
-                version: Version::START,
-                extensions: extensions.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-                ..Message::of(event, &self.service)
-            };
-            Outgoing { topic: format!("{}.commands", command.to).into(), message }
+            let topic = format!("{}.commands", command.to).into();
+            Outgoing { topic, message: StepCommand::to_message(command, &step, event, &self.service) }
         };
         Ok(send.into_iter().map(message).collect())
     }

@@ -3,13 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::progress::{Outcome, Reply, StepRef};
-use crate::{
-    Event,
-    bus::Message,
-    decide::aggregate::Aggregate,
-    handler::{HandlerError, Terminal},
+use super::{
+    progress::{Outcome, Reply, StepRef},
+    step_command::StepCommand,
 };
+use crate::{Event, decide::aggregate::Aggregate};
 
 /// An event about the steps of one saga at a service.
 #[derive(Event, Clone, Debug, PartialEq)]
@@ -44,40 +42,6 @@ pub enum StepState {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Participation {
     slots: BTreeMap<(StepRef, usize), StepState>,
-}
-
-/// A step command as the participant receives it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StepCommand {
-    /// The place in the plan.
-    pub at: StepRef,
-    /// The index of the participant within the step.
-    pub call: usize,
-    /// The number of the attempt.
-    pub attempt: u32,
-    /// Whether a refusal counts as a failure, because the saga cannot go back.
-    pub must_succeed: bool,
-}
-
-impl StepCommand {
-    /// Reads the step that a message requests.
-    ///
-    /// # Errors
-    /// Returns an error if the message lacks one of the step attributes, or if an attribute cannot be parsed.
-    pub(crate) fn of(message: &Message) -> Result<Self, HandlerError> {
-        Ok(Self {
-            at: extension(message, attribute::AT)?,
-            call: extension(message, attribute::CALL)?,
-            attempt: extension(message, attribute::ATTEMPT)?,
-            must_succeed: extension(message, attribute::MUST_SUCCEED)?,
-        })
-    }
-
-    /// Returns the outcome of a step that its participant refuses. For a step that must succeed, the outcome is a
-    /// failure: if the step were recorded as refused, the barrier would block every further attempt.
-    pub fn refused(&self, reason: String) -> Outcome {
-        if self.must_succeed { Outcome::Failed(reason) } else { Outcome::Refused(reason) }
-    }
 }
 
 /// What the barrier decides about a step.
@@ -143,16 +107,6 @@ impl Aggregate for Participation {
     }
 }
 
-/// The names of the message attributes that describe a step.
-pub(crate) mod attribute {
-    pub const AT: &str = "sagastep";
-    pub const STEP_NAME: &str = "sagastepname";
-    pub const CALL: &str = "sagacall";
-    pub const ATTEMPT: &str = "sagaattempt";
-    pub const MUST_SUCCEED: &str = "sagamustsucceed";
-    pub const REPLY_TO: &str = "sagareplyto";
-}
-
 pub(super) fn step_category(service: &str) -> String {
     format!("step.{service}")
 }
@@ -160,9 +114,4 @@ pub(super) fn step_category(service: &str) -> String {
 /// Returns the stream that records the answers of a service to a saga.
 pub(super) fn step_stream(service: &str, saga: &str) -> String {
     format!("{}-{saga}", step_category(service))
-}
-
-pub(super) fn extension<T: std::str::FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
-    let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
-    text.terminal()?.parse().map_err(|_| format!("attribute {name} of the command cannot be parsed")).terminal()
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use chrono::{DateTime, TimeZone, Utc};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use super::{
+    glimpse::Glimpse,
     progress::{Failure, Fault, FaultKind, Progress, SagaEvent, Status},
     timers::Timers,
 };
@@ -21,15 +22,15 @@ use crate::{
 };
 
 /// Reads the events of sagas and keeps a document for each saga. The document is stored in the collection `saga.<name>`
-/// under the saga's id, and is due when the saga's next timer is due. If one batch contains several events of a saga,
-/// the document is written once.
+/// under the saga's id, and is due when the saga's next timer is due, or at once if an operator has requested an action.
+/// If one batch contains several events of a saga, the document is written once.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     timers: Timers,
 }
 
 impl Index {
-    /// Returns an index that passes each timer of an event to `timers`.
+    /// Returns an index that passes to `timers` the times at which documents become due.
     pub(crate) fn telling(timers: Timers) -> Self {
         Self { timers }
     }
@@ -83,14 +84,6 @@ fn time(millis: i64) -> DateTime<Utc> {
     Utc.timestamp_millis_opt(millis).single().unwrap_or_default()
 }
 
-/// The fields of a saga event that the index reads.
-#[derive(Deserialize)]
-struct Glimpse {
-    progress: Progress,
-    #[serde(default)]
-    fault: Option<Fault>,
-}
-
 /// The events after which a stuck saga is no longer stuck.
 const LEAVES_STUCK: [&str; 2] = ["saga.operated", "saga.migrated"];
 /// The prefix of the collections that contain a document for each stuck saga. The category of the saga follows the
@@ -113,7 +106,8 @@ impl Handler for Index {
             return Ok(());
         }
         let stream = StreamId::parse(&message.subject).terminal()?;
-        let Glimpse { progress, fault } = serde_json::from_str(&message.data).terminal()?;
+        let Glimpse { progress, fault, .. }: Glimpse<Progress, IgnoredAny, Option<Fault>> =
+            Glimpse::of(&message.data).terminal()?;
         let status = SagaStatus::of(&stream, &progress, message.position);
         let body: Arc<str> = serde_json::to_string(&status)?.into();
         let key = DocumentKey::new(stream.category(), stream.id());

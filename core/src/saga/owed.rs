@@ -9,8 +9,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    barrier::{StepCommand, StepEvent, step_stream},
+    barrier::{StepEvent, step_stream},
     progress::{Outcome, Reply, StepRef},
+    step_command::StepCommand,
 };
 use crate::{
     Event,
@@ -50,7 +51,7 @@ pub struct StepKey {
 impl StepKey {
     /// Returns the step that a message on `<service>.commands` asks for, or `None` if the message asks for no step.
     pub fn asked(service: &str, message: &Message) -> Option<Self> {
-        let StepCommand { at, call, .. } = StepCommand::of(message).ok()?;
+        let StepCommand { at, call, .. } = StepCommand::from_message(message).ok()?;
         Some(Self { stream: step_stream(service, &message.key), at, call })
     }
 

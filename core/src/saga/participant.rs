@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use serde_json::Value;
 
 use super::{
-    barrier::{Participation, Step, StepCommand, StepEvent, attribute, decide_step, extension, step_category},
+    barrier::{Participation, Step, StepEvent, decide_step, step_category},
     owed::{Debtor, Owed},
     progress::{Outcome, Reply, StepRef},
+    step_command::StepCommand,
 };
 use crate::{
     Event,
@@ -240,8 +241,7 @@ impl<P: Participant> StepHandler<P> {
     /// Checks a command against the barrier, carries out the command if necessary, and stages the answer. `not_stored`
     /// is set if the store has refused the effects that this same command staged before.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
-        let step = StepCommand::of(message)?;
-        let reply_to: String = extension(message, attribute::REPLY_TO)?;
+        let step = StepCommand::from_message(message)?;
         // The first attempt at a step is usually the first command that the service receives from the saga.
         let first = step.attempt == 1 && !matches!(step.at, StepRef::Undo(_)) && not_stored.is_none();
         let known = if first {
@@ -271,7 +271,7 @@ impl<P: Participant> StepHandler<P> {
             },
         };
         let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome: outcome.cleaned() };
-        let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to, reply };
+        let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to: step.reply_to, reply };
         let stream = self.participations.stream(&message.key)?;
         work.execute_as(answer_id, &self.participations, &stream, &replied).await?;
         Ok(())
@@ -306,7 +306,7 @@ impl<P: Participant> Handler for StepHandler<P> {
 impl<P: Participant> Debtor for StepHandler<P> {
     async fn do_again(&self, owed: &Owed, work: &mut Work) -> Result<(), HandlerError> {
         let Owed { message, reply, answered_at } = owed;
-        let step = StepCommand::of(message)?;
+        let step = StepCommand::from_message(message)?;
         // A repeated answer has no effects of its own, and neither has the answer to an undo that had nothing to undo.
         let known = self.known_before(&message.key, *answered_at).await?;
         if decide_step(&known, &step) != Step::Perform {

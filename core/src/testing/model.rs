@@ -61,11 +61,15 @@ impl ModelMessage {
 
     fn command(&self) -> StepCommand {
         match self {
-            Self::Command { at, call, attempt, must_succeed, .. } => {
-                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: *must_succeed }
-            }
+            Self::Command { at, call, attempt, must_succeed, .. } => StepCommand {
+                at: *at,
+                call: *call,
+                attempt: *attempt,
+                must_succeed: *must_succeed,
+                reply_to: String::new(),
+            },
             Self::Reply { at, call, attempt, .. } => {
-                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: false }
+                StepCommand { at: *at, call: *call, attempt: *attempt, must_succeed: false, reply_to: String::new() }
             }
         }
     }

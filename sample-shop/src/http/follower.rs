@@ -9,9 +9,8 @@ use std::{
 
 use annals::{
     EventStore, LogQuery, Recorded, StreamId, Version,
-    saga::{Progress, Status},
+    saga::{Glimpse, Progress, Status},
 };
-use serde::Deserialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -70,12 +69,6 @@ pub struct Followed {
 pub struct Whole {
     pub saga: Vec<Arc<Recorded>>,
     pub subject: Vec<Arc<Recorded>>,
-}
-
-/// The part of a saga's event that shows whether the saga has ended.
-#[derive(Deserialize)]
-struct SagaGlimpse {
-    progress: Progress,
 }
 
 impl Follower {
@@ -142,9 +135,9 @@ impl Follower {
     fn take(&self, event: &Arc<Recorded>, metrics: &Metrics) {
         let category = event.stream.category();
         // An unreadable event is ignored here, because the saga's runner reports it.
-        let glimpse = category.starts_with("saga.").then(|| serde_json::from_str::<SagaGlimpse>(&event.data));
+        let glimpse = category.starts_with("saga.").then(|| Glimpse::<Progress>::of(&event.data));
         let settled = match glimpse {
-            Some(Ok(SagaGlimpse { progress })) if progress.ended.is_some() || progress.status == Status::Stuck => {
+            Some(Ok(Glimpse { progress, .. })) if progress.ended.is_some() || progress.status == Status::Stuck => {
                 metrics.saga_ended(category, progress.status);
                 true
             }

@@ -8,9 +8,8 @@ use std::{
 use annals::{
     Aggregate, EventStore, LogPage, LogQuery, Position, Recorded, StoreError,
     event::DecodeError,
-    saga::{Progress, Status},
+    saga::{Glimpse, Progress, Status},
 };
-use serde::Deserialize;
 use shop_driver::totals::{Totals, Units};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -52,12 +51,6 @@ struct LedgerState {
     failed: Option<String>,
     /// The position up to which every event is in the books.
     position: Position,
-}
-
-/// The part of a saga's event that shows whether the saga has ended.
-#[derive(Deserialize)]
-struct Glimpse {
-    progress: Progress,
 }
 
 impl Ledger {
@@ -180,7 +173,7 @@ impl LedgerState {
     }
 
     fn note(&mut self, event: &Recorded) -> Result<(), StoreError> {
-        let Glimpse { progress } = serde_json::from_str(&event.data).map_err(|error| {
+        let Glimpse { progress, .. } = Glimpse::<Progress>::of(&event.data).map_err(|error| {
             let Recorded { version, stream, position, type_name, .. } = event;
             StoreError::Corrupt(format!(
                 "event {version} of stream {stream} (position {position}): {type_name} cannot be read: {error}"
