@@ -22,7 +22,7 @@ use crate::{
         generation,
         read_model::{Rebuild, Rebuilt, SwapError},
     },
-    saga::{OperatorAction, Progress, SagaEvent, Status},
+    saga::{OperatorAction, SagaEvent, SagaRequest, Status},
     store::{EventStore, Scan, StoreError},
 };
 
@@ -299,12 +299,16 @@ impl Operator {
     pub async fn ask(&self, saga: &StreamId, verb: OperatorAction, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
             let illegal = |why: String| OperatorError::Illegal(why);
-            let (mut first, mut last, mut after) = (None, None, Version::START);
+            let (mut first, mut last, mut waiting, mut after) = (None, None, None, Version::START);
             loop {
                 let page = self.store.read_stream(saga, after, PAGE).await?;
                 let Some(event) = page.last() else { break };
                 after = event.version;
                 first = first.or_else(|| page.first().map(|event| event.metadata.clone()));
+                for event in page.iter().filter(|event| SagaRequest::concerns(&event.type_name)) {
+                    let event = event.decode::<SagaEvent>().map_err(|error| illegal(error.to_string()))?;
+                    waiting = event.and_then(|event| SagaRequest::after(&event, waiting));
+                }
                 last = page.into_iter().next_back();
             }
             let Some((metadata, last)) = first.zip(last) else {
@@ -320,14 +324,13 @@ impl Operator {
                 }
                 None => return Err(illegal(format!("{saga} is not a saga"))),
             };
-            if let Some(SagaEvent::Requested { verb, by, .. }) = last {
+            if let Some(SagaRequest { verb, by, .. }) = waiting {
                 return Err(illegal(format!(
                     "{by} has already requested {verb:?}, and no service has handled the request yet"
                 )));
             }
-            let due = Some(self.store.clock().now().timestamp_millis());
-            let (by, reason) = (self.by.clone(), reason.to_owned());
-            let event = SagaEvent::Requested { verb, by, reason, progress: Progress { due, ..progress } };
+            let request = SagaRequest { verb, by: self.by.clone(), reason: reason.to_owned() };
+            let event = request.recorded(progress, self.store.clock().now().timestamp_millis());
             let id = Uuid::new_v4();
             let events = vec![new_event(&event, id, metadata.caused_by(id))?];
             let append = Append { stream: saga.clone(), expected: Expected::Version(after), events };
@@ -335,6 +338,29 @@ impl Operator {
             Ok(after.next())
         })
         .await
+    }
+
+    /// Waits until the service of a saga has answered the request that is recorded at this version, and returns the
+    /// answer: [`SagaEvent::Operated`] or [`SagaEvent::Declined`]. The method waits without a limit, because the service
+    /// may not be running.
+    pub async fn answer(&self, saga: &StreamId, request: Version) -> Result<SagaEvent, OperatorError> {
+        let mut after = request;
+        loop {
+            // The head is read before the stream, so that no event between the two reads is missed.
+            let head = self.store.status().await?.head;
+            let page = self.store.read_stream(saga, after, PAGE).await?;
+            for event in &page {
+                let decoded = event.decode::<SagaEvent>();
+                let decoded = decoded.map_err(|error| OperatorError::Illegal(error.to_string()))?;
+                if let Some(answer @ (SagaEvent::Operated { .. } | SagaEvent::Declined { .. })) = decoded {
+                    return Ok(answer);
+                }
+                after = event.version;
+            }
+            if page.len() < PAGE {
+                self.store.wait(head).await?;
+            }
+        }
     }
 
     /// Returns the puts that remove the parked messages which are delivered again after a reset. The parked messages of

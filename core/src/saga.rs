@@ -9,15 +9,16 @@
 //! | `transition` | the pure function from progress and input to progress and commands |
 //! | `instance` | a saga as an aggregate |
 //! | `migration` | moves a saga to another plan, or refuses the move |
-//! | `runner` | starts sagas, passes replies and timers to them, and carries out the actions of operators |
+//! | `runner` | starts sagas, and passes replies to them |
 //! | `participant` | the receiving side: carries out each step once |
 //! | `step_command` | a command of a saga as a message to a participant |
 //! | `barrier` | decides which steps a participant carries out, and rejects late and repeated steps |
 //! | `owed` | work that a restored participant repeats before it accepts commands |
 //! | `end` | lets callers outside of a saga wait until the saga ends |
+//! | `request` | a request of an operator to a stuck saga |
 //! | `index` | one document per saga, which operators read and which helps to find due timers |
 //! | `timers` | the timers that this process remembers |
-//! | `firing` | finds the timers that are due, and fires them |
+//! | `firing` | finds the timers and requests that are due, and passes them to the sagas |
 //! | `diagram` | draws a plan as Mermaid or SVG |
 //! | `path` | draws the path that one saga took |
 
@@ -34,6 +35,7 @@ mod owed;
 mod participant;
 mod path;
 mod progress;
+mod request;
 mod runner;
 mod step_command;
 mod timers;
@@ -59,6 +61,7 @@ pub use progress::{
     CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent, Status,
     StepRef, StepRefError,
 };
+pub(crate) use request::SagaRequest;
 pub(crate) use runner::{Replies, Starter};
 pub use runner::{Runner, Starts};
 pub use step_command::StepCommand;

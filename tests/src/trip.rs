@@ -7,9 +7,10 @@ use std::{
 };
 
 use annals::{
-    Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Participant,
-    Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, TraceContext, Version, Work,
-    saga::{Outcome, Runner, SagaStatus, Status, StepRequest},
+    Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Operator,
+    Participant, Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, StreamId, TraceContext, Version,
+    Work,
+    saga::{OperatorAction, Outcome, Runner, SagaEvent, SagaStatus, Status, StepRequest},
 };
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -201,6 +202,18 @@ pub fn tallies() -> LogQuery {
     LogQuery::categories(["tally"])
 }
 
+/// Asks the service of a stuck saga for an action on behalf of the operator `ann`, and returns the answer of the service.
+pub async fn act(store: &Arc<dyn EventStore>, saga: &str, verb: OperatorAction, reason: &str) -> SagaEvent {
+    let (operator, saga) = (Operator::new(store.clone(), "ann"), StreamId::from_stored(saga));
+    let answer = async {
+        let request = operator.ask(&saga, verb, reason).await?;
+        operator.answer(&saga, request).await
+    };
+    let answer = tokio::time::timeout(Duration::from_secs(120), answer).await;
+    let answer = answer.unwrap_or_else(|_| panic!("no service answers the request to {saga}"));
+    answer.unwrap_or_else(|error| panic!("{saga}: {error}"))
+}
+
 /// The services of a trip, all on one store.
 pub struct World {
     /// The store, which outlives all processes of the test.
@@ -281,6 +294,11 @@ impl World {
     pub async fn becomes(&self, id: &str, status: Status) -> SagaStatus {
         let is_so = async || self.status(id).await.filter(|found| found.status == status);
         eventually(&format!("trip {id} is {status:?}"), is_so).await
+    }
+
+    /// Asks the service of a stuck trip for an action, and returns the answer of the service.
+    pub async fn act(&self, id: &str, verb: OperatorAction, reason: &str) -> SagaEvent {
+        act(&self.store, &format!("saga.trip-{id}"), verb, reason).await
     }
 
     /// Returns the entries in the trip's ledger, which the participants wrote.

@@ -483,7 +483,7 @@ async fn command_of_the_next_build_runs_after_its_deployment() {
     services.push(Service::new("bank", world.store.clone()).participant(NewBank));
     let mut runtime = Runtime::new();
     runtime.start(services, world.bus.clone()).await.unwrap();
-    runner(&world.store, plan()).operate("a", OperatorAction::Retry, "ann", "deployed").await.unwrap();
+    world.act("a", OperatorAction::Retry, "deployed").await;
     world.becomes("a", Status::Completed).await;
     runtime.drain(DRAIN).await.unwrap();
 }

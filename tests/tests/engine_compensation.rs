@@ -122,7 +122,7 @@ async fn undo_and_last_step_fail_with_a_reason() {
         let status = world.becomes("stuck", Status::Stuck).await;
         assert!(status.last_error.unwrap().starts_with("announce: answer too large: 450002 bytes"), "{store_name}");
         world.script.behave();
-        world.runner(&world.store).operate("stuck", OperatorAction::Retry, "ann", "mended").await.unwrap();
+        world.act("stuck", OperatorAction::Retry, "mended").await;
         world.becomes("stuck", Status::Completed).await;
         nothing_is_parked(&world, store_name).await;
         runtime.drain(DRAIN).await.unwrap();
@@ -309,7 +309,8 @@ async fn fault_in_the_saga_code_is_a_failed_step() {
                 "{id} on {store_name}: {:?}",
                 found.last_error
             );
-            runner.operate(id, OperatorAction::SkipStep, "ann", "nothing was carried").await.unwrap();
+            let saga = format!("saga.hoard-{id}");
+            annals_tests::trip::act(&store, &saga, OperatorAction::SkipStep, "nothing was carried").await;
             let found = eventually("the saga is compensated", async || {
                 status_of(&store, id).await.filter(|status| status.status == Status::Compensated)
             })

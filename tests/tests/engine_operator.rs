@@ -7,11 +7,11 @@ use std::{
 };
 
 use annals::{
-    Commit, DocumentKey, Event, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message, Operator,
-    Position, Put, StreamId, Subscription, Version, Work,
+    Append, Commit, DocumentKey, Event, EventStore, Expected, Handler, HandlerError, Health, LogQuery, MemoryStore,
+    Message, NewEvent, Operator, Position, Put, StreamId, Subscription, Version, Work,
     health::State,
     operator::{OperatorError, OperatorEvent},
-    saga::{OperatorAction, SagaEvent, Status},
+    saga::{OperatorAction, Outcome, Reply, SagaEvent, Status},
 };
 use annals_conformance::bus::within;
 use annals_tests::{
@@ -135,26 +135,13 @@ async fn saga_executes_operator_requests_or_gives_the_reason() {
 
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
-    let version = operator.ask(&stream, OperatorAction::Compensate, "let us go home").await.unwrap();
-    let answer = |after: Version| {
-        let (world, stream) = (&world, &stream);
-        async move {
-            let find = async || {
-                let events = world.store.read_stream(stream, after, 10).await.unwrap();
-                let decoded = events.iter().filter_map(|event| event.decode::<SagaEvent>().unwrap());
-                decoded
-                    .into_iter()
-                    .find(|event| matches!(event, SagaEvent::Operated { .. } | SagaEvent::Declined { .. }))
-            };
-            eventually("it answers", find).await
-        }
-    };
-    let SagaEvent::Declined { verb, by, why, .. } = answer(version).await else { panic!("it went back") };
+    let declined = world.act("t", OperatorAction::Compensate, "let us go home").await;
+    let SagaEvent::Declined { verb, by, why, .. } = declined else { panic!("{declined:?}") };
     assert_eq!((verb, &*by), (OperatorAction::Compensate, "ann"));
     assert!(why.contains("only goes forward"), "{why}");
 
-    let version = operator.ask(&stream, OperatorAction::Retry, "the phone works again").await.unwrap();
-    let SagaEvent::Operated { verb, by, reason, .. } = answer(version).await else { panic!("it declined") };
+    let operated = world.act("t", OperatorAction::Retry, "the phone works again").await;
+    let SagaEvent::Operated { verb, by, reason, .. } = operated else { panic!("{operated:?}") };
     assert_eq!((verb, &*by, &*reason), (OperatorAction::Retry, "ann", "the phone works again"));
     world.becomes("t", Status::Completed).await;
     let error = operator.ask(&stream, OperatorAction::Retry, "once more").await;
@@ -188,6 +175,42 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
     let types: Vec<_> = world.history("t").await.iter().map(|event| event.type_name.to_string()).collect();
     assert_eq!(types[types.len() - 2..], ["saga.requested", "saga.operated"]);
     assert!(SagaEvent::TYPES.iter().any(|known| known.name == "saga.declined"));
+}
+
+#[tokio::test]
+async fn request_outlives_a_late_reply() {
+    let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 1));
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    world.script.play("announce", Play::Fail, 1);
+    world.request("t", Uuid::new_v4(), None).await;
+    world.becomes("t", Status::Stuck).await;
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
+
+    let operator = Operator::new(world.store.clone(), "ann");
+    let stream = StreamId::from_stored("saga.trip-t");
+    let request = operator.ask(&stream, OperatorAction::SkipStep, "the guest was informed").await.unwrap();
+    // The reply as an instance records it that does not carry out the request.
+    let requested = world.history("t").await.into_iter().next_back().unwrap();
+    let progress = requested.decode::<SagaEvent>().unwrap().unwrap().progress().clone();
+    let reply = Reply { at: progress.at, call: 0, attempt: 1, outcome: Outcome::Failed("late".to_owned()) };
+    let late = SagaEvent::Replied { reply, gave_up: None, fault: None, progress, send: Vec::new() };
+    let event = NewEvent {
+        id: Uuid::new_v4(),
+        type_name: late.type_name().into(),
+        schema_version: late.schema_version(),
+        data: late.encode().unwrap(),
+        metadata: requested.metadata,
+    };
+    let append = Append { stream: stream.clone(), expected: Expected::Version(request), events: vec![event] };
+    world.store.commit(Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
+
+    let twice = operator.ask(&stream, OperatorAction::Retry, "no, wait").await;
+    assert!(matches!(twice, Err(OperatorError::Illegal(_))), "{twice:?}");
+    let runtime = world.start(&["shop", "hotel", "bank"]).await;
+    world.becomes("t", Status::Completed).await;
+    let answer = operator.answer(&stream, request).await.unwrap();
+    assert!(matches!(answer, SagaEvent::Operated { verb: OperatorAction::SkipStep, .. }), "{answer:?}");
+    runtime.drain(Duration::from_secs(20)).await.unwrap();
 }
 
 /// A dead letter may be larger than an event. The record of the drop then contains the size instead of the message.

@@ -4,8 +4,9 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use annals::{
-    EventStore, MemoryStore, Saga,
-    saga::{OperatorAction, Status, wait_for_end},
+    EventStore, MemoryStore, Operator, Saga, StreamId,
+    operator::OperatorError,
+    saga::{OperatorAction, SagaEvent, Status, wait_for_end},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
@@ -240,15 +241,17 @@ async fn failing_undo_makes_the_saga_visibly_stuck() {
     assert_eq!((&*status.step, status.ended_at), ("charge", None));
     let both = "charge: undo charge does not work; the saga goes back because of confirm: no confirm today";
     assert_eq!(status.last_error.unwrap(), both);
-    let runner = world.runner(&world.store);
-    assert!(runner.operate("a", OperatorAction::Compensate, "ann", "it cannot").await.is_err());
-    runner.operate("a", OperatorAction::Retry, "ann", "the bank is back").await.unwrap();
+    let declined = world.act("a", OperatorAction::Compensate, "it cannot").await;
+    assert!(matches!(declined, SagaEvent::Declined { .. }), "{declined:?}");
+    world.act("a", OperatorAction::Retry, "the bank is back").await;
     let status = world.becomes("a", Status::Compensated).await;
     assert_eq!(status.last_error.unwrap(), "confirm: no confirm today");
     assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
     let operated = world.history("a").await.into_iter().find(|event| &*event.type_name == "saga.operated").unwrap();
     assert!(operated.data.contains("ann") && operated.data.contains("the bank is back"));
-    assert!(runner.operate("a", OperatorAction::Retry, "ann", "again").await.is_err());
+    let operator = Operator::new(world.store.clone(), "ann");
+    let again = operator.ask(&StreamId::from_stored("saga.trip-a"), OperatorAction::Retry, "again").await;
+    assert!(matches!(again, Err(OperatorError::Illegal(_))), "{again:?}");
     runtime.drain(DRAIN).await.unwrap();
 }
 
@@ -261,7 +264,7 @@ async fn stuck_saga_blocks_no_other() {
     world.becomes("a", Status::Stuck).await;
     world.request("b", Uuid::new_v4(), None).await;
     world.becomes("b", Status::Completed).await;
-    world.runner(&world.store).operate("a", OperatorAction::SkipStep, "ann", "the guest was informed").await.unwrap();
+    world.act("a", OperatorAction::SkipStep, "the guest was informed").await;
     world.becomes("a", Status::Completed).await;
     assert_eq!(world.ledger("a").await, ["book", "charge", "confirm"]);
     runtime.drain(DRAIN).await.unwrap();
@@ -279,7 +282,7 @@ async fn correlation_and_trace_reach_the_last_event() {
     eventually("a timer fired", async || world.status("a").await.filter(|status| status.attempts >= 2)).await;
     let bank = world.start(&["bank"]).await;
     world.becomes("a", Status::Stuck).await;
-    world.runner(&world.store).operate("a", OperatorAction::Retry, "ann", "once more").await.unwrap();
+    world.act("a", OperatorAction::Retry, "once more").await;
     world.becomes("a", Status::Completed).await;
     let history = world.history("a").await;
     assert!(history.iter().any(|event| &*event.type_name == "saga.timed"));

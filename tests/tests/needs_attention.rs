@@ -404,7 +404,7 @@ async fn stuck_saga_is_logged_once_and_health_recovers_after_a_retry() {
         assert_eq!(counted(&health, "annals_sagas_stuck_total"), 1);
         assert_eq!(counted(&health, "annals_saga_steps_failed_total"), 1);
         world.script.behave();
-        world.runner(&store).operate(&id, OperatorAction::Retry, "ada", "a test").await.unwrap();
+        world.act(&id, OperatorAction::Retry, "a test").await;
         world.becomes(&id, Status::Completed).await;
         eventually("health is fine again", async || health.is_fine().then_some(())).await;
         runtime.drain(DRAIN).await.unwrap();

@@ -1,4 +1,5 @@
-//! Finds the timers of sagas that are due, and fires them.
+//! Finds the documents of sagas that are due, because of a timer or of an operator's request, and passes the timer or the
+//! request to the saga.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,6 +9,7 @@ use std::{
 
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::future::join_all;
+use serde::Deserialize;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -16,7 +18,8 @@ use super::{
     definition::SagaState,
     index::{STUCK, SagaStatus},
     instance::SagaInput,
-    progress::SagaEvent,
+    progress::{SagaEvent, Status},
+    request::SagaRequest,
     runner::Runner,
 };
 use crate::{
@@ -78,9 +81,9 @@ struct Due {
 type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Runner<C> {
-    /// Waits for `begin`, and then fires timers until `shutdown` is cancelled. `relayed_by` names the service whose
-    /// relay publishes the commands. If `relayed_by` is given, a timer does not fire before the bus has accepted the
-    /// commands to which the saga awaits a reply.
+    /// Waits for `begin`, and then passes due timers and requests to their sagas until `shutdown` is cancelled.
+    /// `relayed_by` names the service whose relay publishes the commands. If `relayed_by` is given, a timer does not fire
+    /// before the bus has accepted the commands to which the saga awaits a reply.
     pub(crate) async fn timers(
         self,
         relayed_by: Option<String>,
@@ -331,7 +334,7 @@ impl<C: SagaState> Runner<C> {
         let staged = match origin {
             Some(Ok((stream, metadata))) => {
                 work.begin(id, metadata.caused_by(id));
-                let ask = self.ask(&document.key.id, SagaInput::Due);
+                let ask = self.ask(&document.key.id, input_of(document));
                 let staged = caught(work.execute_as(id, &self.instances, stream, &ask)).await;
                 match staged {
                     Ok(staged) => staged.map_err(WakeError::from),
@@ -362,6 +365,21 @@ impl<C: SagaState> Runner<C> {
         work.put_expecting(&document.key, document.version, Some(body), due);
         outcome
     }
+}
+
+/// Returns the input that a due document stands for.
+fn input_of<C>(document: &Document) -> SagaInput<C> {
+    let status = serde_json::from_str::<StatusOnly>(&document.body);
+    match status {
+        Ok(StatusOnly { status }) if SagaRequest::makes_due(status) => SagaInput::Request,
+        Ok(_) | Err(_) => SagaInput::Due,
+    }
+}
+
+/// The field of a saga's document that says whether the document is due because of a timer or of a request.
+#[derive(Deserialize)]
+struct StatusOnly {
+    status: Status,
 }
 
 /// Adds the reason why a saga accepts no input to the saga's document, where operators can read it. The saga's next

@@ -8,7 +8,8 @@ use uuid::Uuid;
 use super::{
     definition::{Saga, SagaState},
     migration::{Trail, migrated},
-    progress::{OperatorAction, Outcome, Progress, Reply, SagaEvent, StepRef},
+    progress::{Outcome, Progress, Reply, SagaEvent, StepRef},
+    request::{SagaRequest, marked, unmarked},
     transition::{Input, Transition, begin, json_bytes, learn_given_up, transition},
 };
 use crate::{
@@ -21,8 +22,8 @@ use crate::{
 pub struct SagaInstance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
-    /// The request that an operator recorded from outside this service: action, operator, reason.
-    requested: Option<(OperatorAction, String, String)>,
+    /// The request of an operator that waits to be carried out or declined.
+    request: Option<SagaRequest>,
     trail: Trail,
     /// The progress of the saga; `None` before it starts.
     pub progress: Option<Progress>,
@@ -30,7 +31,7 @@ pub struct SagaInstance<C> {
 
 impl<C> Default for SagaInstance<C> {
     fn default() -> Self {
-        Self { context: None, unreadable: None, requested: None, trail: Vec::new(), progress: None }
+        Self { context: None, unreadable: None, request: None, trail: Vec::new(), progress: None }
     }
 }
 
@@ -39,6 +40,12 @@ impl<C> SagaInstance<C> {
     #[cfg(feature = "testing")]
     pub(crate) fn trail(&self) -> &Trail {
         &self.trail
+    }
+
+    /// Returns the request of an operator that waits.
+    #[cfg(feature = "testing")]
+    pub(crate) fn request(&self) -> Option<&SagaRequest> {
+        self.request.as_ref()
     }
 
     /// Returns the data of the saga; `None` before it starts.
@@ -69,8 +76,10 @@ debug_fields!([C] SagaCommand<C> { saga_id, now });
 pub enum SagaInput<C> {
     Begin(C),
     Reply(Reply),
+    /// A timer is due.
     Due,
-    Operate { verb: OperatorAction, by: String, reason: String },
+    /// The request of an operator, which the stream of the saga records, waits for its answer.
+    Request,
 }
 
 impl<C> std::fmt::Debug for SagaInput<C> {
@@ -79,9 +88,7 @@ impl<C> std::fmt::Debug for SagaInput<C> {
             Self::Begin(_) => f.debug_tuple("Begin").finish_non_exhaustive(),
             Self::Reply(reply) => f.debug_tuple("Reply").field(reply).finish(),
             Self::Due => f.write_str("Due"),
-            Self::Operate { verb, by, reason } => {
-                f.debug_struct("Operate").field("verb", verb).field("by", by).field("reason", reason).finish()
-            }
+            Self::Request => f.write_str("Request"),
         }
     }
 }
@@ -182,43 +189,37 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
         if progress.definition != from {
             events.push(SagaEvent::Migrated { from, progress: progress.clone() });
         }
-        let input = match &ask.what {
-            SagaInput::Begin(_) => return Ok(Vec::new()),
-            SagaInput::Reply(reply) => Input::Reply(reply.clone()),
-            SagaInput::Due => match &self.requested {
-                Some(request) => {
-                    events.push(carry_out(request, definition, ask, context, progress));
-                    return Ok(events);
-                }
-                None => Input::Due,
-            },
-            SagaInput::Operate { verb, .. } => Input::Operate(*verb),
-        };
-        let moved = match input {
-            Input::Reply(reply) => take_reply(reply, definition, ask, context, &progress),
-            Input::Due | Input::Operate(_) => {
-                let moved = transition(definition, ask.saga_id, context, &progress, &input, ask.now);
-                moved.map(|moved| moved.map(|moved| (None, moved)))
+        let event = match &ask.what {
+            SagaInput::Begin(_) => None,
+            SagaInput::Reply(reply) => {
+                let taken = take_reply(reply.clone(), definition, ask, context, &progress);
+                taken.map_err(SagaRefusal::Illegal)?.map(|(reply, moved)| {
+                    let Transition { progress, send, gave_up, fault, .. } = moved;
+                    // A late reply to a stuck saga does not answer the operator.
+                    let progress = if self.request.is_some() { marked(progress, ask.now) } else { progress };
+                    SagaEvent::Replied { reply, gave_up, fault, progress, send }
+                })
+            }
+            SagaInput::Due => {
+                let moved = transition(definition, ask.saga_id, context, &progress, &Input::Due, ask.now);
+                moved.map_err(SagaRefusal::Illegal)?.map(|moved| {
+                    let Transition { progress, send, gave_up, fault, .. } = moved;
+                    SagaEvent::Timed { gave_up, fault, progress, send }
+                })
+            }
+            SagaInput::Request => {
+                self.request.as_ref().map(|request| carry_out(request, definition, ask, context, progress))
             }
         };
-        let Some((reply, Transition { progress, send, gave_up, fault, .. })) = moved.map_err(SagaRefusal::Illegal)?
-        else {
-            return Ok(Vec::new());
-        };
-        events.push(match &ask.what {
-            SagaInput::Reply(asked) => {
-                SagaEvent::Replied { reply: reply.unwrap_or_else(|| asked.clone()), gave_up, fault, progress, send }
-            }
-            SagaInput::Operate { verb, by, reason } => {
-                SagaEvent::Operated { verb: *verb, by: by.clone(), reason: reason.clone(), progress, send }
-            }
-            SagaInput::Begin(_) | SagaInput::Due => SagaEvent::Timed { gave_up, fault, progress, send },
-        });
+        let Some(event) = event else { return Ok(Vec::new()) };
+        events.push(event);
         Ok(events)
     }
 
     fn evolve(&mut self, event: &SagaEvent) {
-        let was = self.progress.replace(event.progress().clone());
+        self.request = SagaRequest::after(event, self.request.take());
+        let progress = event.progress().clone();
+        let was = self.progress.replace(if self.request.is_some() { unmarked(progress) } else { progress });
         let known = event.progress().known_as();
         if self.trail.last().is_none_or(|(last, _)| *last != known) {
             self.trail.push((known, event.progress().step.as_str().into()));
@@ -236,34 +237,30 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
                 self.learn_given_up(gave_up.as_ref());
             }
             SagaEvent::Timed { gave_up, .. } => self.learn_given_up(gave_up.as_ref()),
-            SagaEvent::Requested { verb, by, reason, .. } => {
-                self.requested = Some((*verb, by.clone(), reason.clone()));
-            }
-            SagaEvent::Operated { .. } | SagaEvent::Declined { .. } => self.requested = None,
-            SagaEvent::Migrated { .. } => {}
+            SagaEvent::Requested { .. }
+            | SagaEvent::Operated { .. }
+            | SagaEvent::Declined { .. }
+            | SagaEvent::Migrated { .. } => {}
         }
     }
 }
 
 /// Carries out or declines an operator's request. Either way the request is handled only once.
 fn carry_out<C: SagaState>(
-    (verb, by, reason): &(OperatorAction, String, String),
+    request: &SagaRequest,
     definition: &Saga<C>,
     ask: &SagaCommand<C>,
     context: &C,
     progress: Progress,
 ) -> SagaEvent {
-    let (verb, by, reason) = (*verb, by.clone(), reason.clone());
+    let SagaRequest { verb, by, reason } = request.clone();
     let why = match transition(definition, ask.saga_id, context, &progress, &Input::Operate(verb), ask.now) {
         Ok(Some(Transition { progress, send, .. })) => return SagaEvent::Operated { verb, by, reason, progress, send },
         Ok(None) => "the action changes nothing".to_owned(),
         Err(why) => why,
     };
-    SagaEvent::Declined { verb, by, why, progress: Progress { due: None, ..progress } }
+    SagaEvent::Declined { verb, by, why, progress }
 }
-
-/// The reply as the saga records it, if the input is a reply, and the transition that follows from the input.
-type TakenReply<C> = (Option<Reply>, Transition<C>);
 
 /// Returns the transition that follows from a reply, and the reply as the saga records it. If the saga cannot continue
 /// with an answer, the step counts as failed, so that the saga can go back.
@@ -273,7 +270,7 @@ fn take_reply<C: SagaState>(
     ask: &SagaCommand<C>,
     context: &C,
     progress: &Progress,
-) -> Result<Option<TakenReply<C>>, String> {
+) -> Result<Option<(Reply, Transition<C>)>, String> {
     let input = Input::Reply(reply);
     let moved = caught_now(|| transition(definition, ask.saga_id, context, progress, &input, ask.now));
     let Input::Reply(reply) = input else { return Ok(None) };
@@ -285,7 +282,7 @@ fn take_reply<C: SagaState>(
             let answer = if let Outcome::Done(answer) = &reply.outcome { json_bytes(answer) } else { 0 };
             let can_go_back = moved.progress.failure.is_none() && is_compensatable(definition, progress.at);
             match moved.too_large_by.filter(|too_many| can_go_back && *too_many <= answer) {
-                None => return Ok(Some((Some(reply), moved))),
+                None => return Ok(Some((reply, moved))),
                 Some(too_many) => {
                     let limit = answer - too_many;
                     format!(
@@ -299,7 +296,7 @@ fn take_reply<C: SagaState>(
     let input = Input::Reply(Reply { outcome, ..reply });
     let moved = transition(definition, ask.saga_id, context, progress, &input, ask.now)?;
     let Input::Reply(reply) = input else { return Ok(None) };
-    Ok(moved.map(|moved| (Some(reply), moved)))
+    Ok(moved.map(|moved| (reply, moved)))
 }
 
 fn is_compensatable<C: SagaState>(definition: &Saga<C>, at: StepRef) -> bool {
@@ -343,5 +340,75 @@ impl<C: SagaState> SagaInstance<C> {
         if let (Some(failure), Some(context)) = (gave_up, &mut self.context) {
             learn_given_up(context, failure);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::saga::{CallState, OperatorAction, Status, StepRequest};
+
+    #[derive(Clone, Debug, Serialize, Deserialize)]
+    struct Trip;
+    impl SagaState for Trip {}
+
+    #[derive(annals::Event)]
+    #[event(prefix = "hotel")]
+    enum HotelCommand {
+        Hold {},
+    }
+
+    /// A saga whose only step, and its undo, ask two services once.
+    struct Trips(Arc<Definitions<Trip>>);
+
+    impl Trips {
+        fn new() -> Self {
+            let hold = |_: &Trip| StepRequest::to("hotel", &HotelCommand::Hold {});
+            let plan = Saga::<Trip>::named("trip").compensatable("hold", hold).undo(hold).and(hold).undo(hold);
+            let plan = plan.attempts(1).build();
+            let (older, migrations) = (HashMap::new(), HashMap::new());
+            Self(Arc::new(Definitions { current: Arc::new(plan), older, migrations }))
+        }
+
+        /// Passes an input to the saga at this time, and returns the event that follows.
+        fn pass(&self, saga: &mut SagaInstance<Trip>, now: i64, what: SagaInput<Trip>) -> Option<SagaEvent> {
+            let ask = SagaCommand { definitions: self.0.clone(), saga_id: Uuid::nil(), now, what };
+            let mut events = saga.decide(&ask).unwrap_or_else(|refusal| panic!("{refusal}"));
+            events.iter().for_each(|event| saga.evolve(event));
+            events.pop()
+        }
+    }
+
+    #[test]
+    fn request_waits_through_timers_and_late_replies() {
+        let trips = Trips::new();
+        let mut saga = SagaInstance::default();
+        trips.pass(&mut saga, 0, SagaInput::Begin(Trip));
+        for timeouts in 1..=2 {
+            trips.pass(&mut saga, timeouts * i64::from(u32::MAX), SagaInput::Due);
+        }
+        let stuck = saga.progress.clone().expect("the saga has begun");
+        assert_eq!((stuck.status, stuck.due), (Status::Stuck, None));
+
+        let request = SagaRequest { verb: OperatorAction::SkipStep, by: "ann".to_owned(), reason: "seen".to_owned() };
+        let requested = request.clone().recorded(stuck.clone(), 5);
+        // The document of the saga becomes due, and the saga itself has no timer.
+        assert_eq!(requested.progress().wakes(), Some(5));
+        saga.evolve(&requested);
+        assert_eq!((&saga.progress, &saga.request), (&Some(stuck.clone()), &Some(request.clone())));
+        assert_eq!(trips.pass(&mut saga, i64::MAX, SagaInput::Due), None);
+
+        let reply = Reply { at: stuck.at, call: 1, attempt: 1, outcome: Outcome::Done(serde_json::Value::Null) };
+        let late = trips.pass(&mut saga, 7, SagaInput::Reply(reply)).expect("the reply is recorded");
+        assert_eq!(late.progress().wakes(), Some(7), "the document of the saga stays due");
+        let calls = vec![CallState::Waiting, CallState::Done];
+        assert_eq!((&saga.progress, &saga.request), (&Some(Progress { calls, ..stuck }), &Some(request)));
+
+        let answer = trips.pass(&mut saga, 8, SagaInput::Request).expect("the service answers");
+        assert!(matches!(answer, SagaEvent::Operated { verb: OperatorAction::SkipStep, .. }), "{answer:?}");
+        assert_eq!((answer.progress().status, &saga.request), (Status::Compensated, &None));
+        assert_eq!(trips.pass(&mut saga, 9, SagaInput::Request), None);
     }
 }

@@ -388,7 +388,7 @@ pub enum SagaEvent {
         by: String,
         /// The operator's reason.
         reason: String,
-        /// The progress, unchanged except that the timer is due at once.
+        /// The progress, unchanged except that `due` is the time of the request.
         progress: Progress,
     },
     /// The action that an operator requested does not apply.
@@ -399,7 +399,7 @@ pub enum SagaEvent {
         by: String,
         /// Why the action was declined.
         why: String,
-        /// The progress, unchanged except that there is no step timer.
+        /// The progress, unchanged.
         progress: Progress,
     },
     /// The saga was moved to another definition.

@@ -1,4 +1,4 @@
-//! Starts sagas, passes replies and timers to them, and carries out the actions of operators.
+//! Starts sagas, and passes replies to them.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -10,16 +10,16 @@ use super::{
     definition::{Saga, SagaState},
     index::Index,
     instance::{Definitions, SagaCommand, SagaInput, SagaInstance, SagaRefusal},
-    progress::{OperatorAction, Outcome, Progress},
+    progress::{Outcome, Progress},
     timers::Timers,
 };
 use crate::{
     bus::Message,
     decide::{
-        repository::{CACHED_AGGREGATES, ExecuteError, Repository, Request},
+        repository::{CACHED_AGGREGATES, Repository},
         work::{Work, WorkError},
     },
-    event::{Metadata, Version, named_id},
+    event::named_id,
     handler::{Handler, HandlerError, Terminal},
     store::{EventStore, LogQuery},
 };
@@ -209,31 +209,6 @@ impl<C: SagaState> Runner<C> {
     pub async fn saga(&self, id: &str) -> Result<Option<SagaInstance<C>>, WorkError<SagaRefusal>> {
         let instance = self.instances.state(id).await?;
         Ok(instance.progress.is_some().then_some(instance))
-    }
-
-    /// Acts on a stuck saga. The action, the operator and the reason are recorded as an event in the saga's stream.
-    pub async fn operate(
-        &self,
-        id: &str,
-        verb: OperatorAction,
-        by: &str,
-        reason: &str,
-    ) -> Result<(), ExecuteError<SagaRefusal>> {
-        let what = SagaInput::Operate { verb, by: by.to_owned(), reason: reason.to_owned() };
-        self.put_in(id, what).await
-    }
-
-    /// Passes an input that comes without a message to a saga. The effects of the input still belong to the request
-    /// that started the saga.
-    async fn put_in(&self, id: &str, what: SagaInput<C>) -> Result<(), ExecuteError<SagaRefusal>> {
-        let command_id = Uuid::new_v4();
-        let stream = self.instances.stream(id).map_err(|error| ExecuteError::Invalid(error.to_string()))?;
-        let first = self.store.read_stream(&stream, Version::START, 1).await;
-        let first = first.map_err(|error| ExecuteError::Unavailable(error.to_string()))?;
-        let metadata = first.first().map(|event| event.metadata.caused_by(command_id));
-        let metadata = metadata.unwrap_or_else(|| Metadata::of_request(command_id));
-        self.instances.execute(id, self.ask(id, what), Request { command_id, metadata }).await?;
-        Ok(())
     }
 
     pub(super) fn ask(&self, id: &str, what: SagaInput<C>) -> SagaCommand<C> {

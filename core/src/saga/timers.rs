@@ -1,4 +1,4 @@
-//! The timers of sagas that this process remembers.
+//! The timers of sagas that this process remembers: when the document of a saga becomes due, for whatever reason.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -481,8 +481,6 @@ impl<'a, C: SagaState> Move<'a, C> {
         if self.progress.status != Status::Stuck {
             return Err(format!("the saga is {:?}, not stuck: {verb:?} does not apply", self.progress.status));
         }
-        // The timer was set by an operator's request from outside this service. That request is handled now.
-        self.progress.due = None;
         let (back, past_pivot) = match self.progress.at {
             StepRef::Forward(step) => (false, self.plan.steps[step].kind == Kind::Retriable),
             StepRef::Undo(_) | StepRef::Closing(_) => (true, true),

@@ -21,7 +21,7 @@ use crate::{
     event::Event,
     saga::{
         Command, Definitions, Failure, Input, OperatorAction, Outcome, Progress, Reply, Saga, SagaCommand, SagaEvent,
-        SagaInput, SagaInstance, SagaState, Status, StepRef, Transition, begin, transition,
+        SagaInput, SagaInstance, SagaRequest, SagaState, Status, StepRef, Transition, begin, transition,
     },
 };
 
@@ -142,24 +142,20 @@ impl<C: SagaState> Machine<C> {
 
     fn make(&self, place: Option<usize>, happening: Option<&Happening>) -> CheckedMove {
         let from = place.map(|place| self.place(place));
-        let instance = from.as_ref().map(|from| from.instance.clone()).unwrap_or_default();
+        let mut instance = from.as_ref().map(|from| from.instance.clone()).unwrap_or_default();
         let deployed = self.earlier.is_none() || from.as_ref().is_some_and(|from| from.deployed);
         if let (Some(Happening::Deploy), Some(from)) = (happening, &from) {
             let context = json(instance.context().ok_or("a saga that began has no context")?)?;
             let to = self.number(instance, from.history.clone(), context, from.progress.clone(), true)?;
             return Ok(Some(Leap { to, send: Vec::new() }));
         }
-        let (what, now) = match happening {
-            None => (SagaInput::Begin(self.context.clone()), 0),
-            Some(Happening::Hear(message)) => (SagaInput::Reply(message.reply()?), 0),
-            Some(Happening::Timer) => (SagaInput::Due, SOON),
-            Some(Happening::Deadline) => (SagaInput::Due, LATER),
-            Some(Happening::Deploy) => return Err("nothing is deployed before the saga begins".to_owned()),
-            Some(Happening::Retry) => (
-                SagaInput::Operate { verb: OperatorAction::Retry, by: "model".to_owned(), reason: "model".to_owned() },
-                0,
-            ),
-        };
+        let mut history = from.as_ref().map(|from| from.history.clone()).unwrap_or_default();
+        if let (Some(Happening::Retry), Some(from)) = (happening, &from) {
+            let requested = Arc::new(write(&retry(&from.progress))?);
+            requested.fold(&mut instance)?;
+            history.push(requested);
+        }
+        let (what, now) = self.input(happening)?;
         let definitions = self.definitions(deployed);
         let moved = in_memory(&instance, definitions, &what, now)?;
         let ask = SagaCommand { definitions: definitions.clone(), saga_id: SAGA_ID, now, what };
@@ -175,7 +171,6 @@ impl<C: SagaState> Machine<C> {
                 Err(format!("{} events are recorded for one input", events.len()))
             };
         };
-        let mut history = from.as_ref().map(|from| from.history.clone()).unwrap_or_default();
         for event in moves.into_iter().chain([event]) {
             history.push(Arc::new(write(event)?));
         }
@@ -207,6 +202,18 @@ impl<C: SagaState> Machine<C> {
             return Err(format!("{message} changes the saga once more when it is repeated"));
         }
         Ok(Some(leap))
+    }
+
+    /// Returns the input that `happening` is to the saga, and the time.
+    fn input(&self, happening: Option<&Happening>) -> Result<(SagaInput<C>, i64), String> {
+        match happening {
+            None => Ok((SagaInput::Begin(self.context.clone()), 0)),
+            Some(Happening::Hear(message)) => Ok((SagaInput::Reply(message.reply()?), 0)),
+            Some(Happening::Timer) => Ok((SagaInput::Due, SOON)),
+            Some(Happening::Deadline) => Ok((SagaInput::Due, LATER)),
+            Some(Happening::Retry) => Ok((SagaInput::Request, 0)),
+            Some(Happening::Deploy) => Err("nothing is deployed before the saga begins".to_owned()),
+        }
     }
 
     fn transition(&self, place: &Place<C>, input: &Input, now: i64) -> Result<Option<Transition<C>>, String> {
@@ -330,7 +337,7 @@ fn in_memory<C: SagaState>(
         SagaInput::Begin(context) => return begin(&definitions.current, SAGA_ID, context.clone(), now).map(Some),
         SagaInput::Reply(reply) => Input::Reply(reply.clone()),
         SagaInput::Due => Input::Due,
-        SagaInput::Operate { verb, .. } => Input::Operate(*verb),
+        SagaInput::Request => Input::Operate(instance.request().ok_or("no request waits")?.verb),
     };
     let (Some(context), Some(progress)) = (instance.context(), &instance.progress) else {
         return Err("a saga that began has no context".to_owned());
@@ -340,12 +347,27 @@ fn in_memory<C: SagaState>(
     transition(definition, SAGA_ID, context, &progress, &input, now)
 }
 
+/// Returns the event that records the request of an operator to retry the step at which a saga is stuck.
+fn retry(stuck: &Progress) -> SagaEvent {
+    let request = SagaRequest { verb: OperatorAction::Retry, by: "model".to_owned(), reason: "model".to_owned() };
+    request.recorded(stuck.clone(), 0)
+}
+
+impl Written {
+    /// Reads the event and applies it to a saga.
+    fn fold<C: SagaState>(&self, instance: &mut SagaInstance<C>) -> Result<(), String> {
+        let event = SagaEvent::decode(self.type_name, self.schema_version, &self.data);
+        let event = event.map_err(|error| error.to_string())?;
+        instance.evolve(&event.ok_or("an event of the saga is skipped when it is read")?);
+        Ok(())
+    }
+}
+
 /// Rebuilds a saga as a service does after a crash, from the history alone.
 fn restart<C: SagaState>(history: &[Arc<Written>]) -> Result<SagaInstance<C>, String> {
     let mut instance = SagaInstance::default();
-    for Written { type_name, schema_version, data } in history.iter().map(|written| &**written) {
-        let event = SagaEvent::decode(type_name, *schema_version, data).map_err(|error| error.to_string())?;
-        instance.evolve(&event.ok_or("an event of the saga is skipped when it is read")?);
+    for written in history {
+        written.fold(&mut instance)?;
     }
     Ok(instance)
 }

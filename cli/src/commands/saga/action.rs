@@ -2,7 +2,7 @@
 //! appends its answer to the same stream.
 
 use annals::{
-    Operator, StreamId, Version,
+    Operator, StreamId,
     saga::{self, SagaEvent},
 };
 use clap::{Args, Subcommand};
@@ -16,9 +16,6 @@ use crate::{
     output::{Output, shown},
     store::Store,
 };
-
-/// The number of events per read.
-const PAGE: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum SagaAction {
@@ -59,7 +56,7 @@ pub(crate) async fn run(
     }
     let version = operator.ask(stream, verb, &act.reason).await?;
     let until = Instant::now() + wait.0;
-    match timeout_at(until, answer(store, stream, version)).await {
+    match timeout_at(until, operator.answer(stream, version)).await {
         Ok(answer) => match answer? {
             SagaEvent::Declined { why, .. } => {
                 output.line(&shown(&format!("{stream}: declined: {why}")))?;
@@ -76,19 +73,5 @@ pub(crate) async fn run(
             ))?;
             Ok(Verdict::Fine)
         }
-    }
-}
-
-async fn answer(store: &Store, stream: &StreamId, after: Version) -> Result<SagaEvent, Failure> {
-    let events = store.port();
-    loop {
-        let head = events.status().await?.head;
-        for event in events.read_stream(stream, after, PAGE).await? {
-            let decoded = event.decode::<SagaEvent>()?;
-            if let Some(answer @ (SagaEvent::Operated { .. } | SagaEvent::Declined { .. })) = decoded {
-                return Ok(answer);
-            }
-        }
-        events.wait(head).await?;
     }
 }
