@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -151,7 +151,8 @@ type Gates = Vec<Arc<Gate>>;
 /// The state that all clients of a producer share. If one client fails, all clients are replaced.
 struct SendContext {
     settings: Settings,
-    broken: AtomicBool,
+    /// Why the clients send nothing more, once one of them has failed.
+    broken: OnceLock<String>,
     /// A clone is held by every task that hands messages to the client or waits for a receipt.
     waiting: Arc<()>,
     /// Whether a batch was too large for its topic and may have contained more than one message.
@@ -205,10 +206,31 @@ impl ProducerContext for Callbacks {
 }
 
 impl SendContext {
+    /// Makes all clients stop. Later messages fail with the reason of the first failure.
+    fn fail(&self, reason: &str) {
+        self.broken.get_or_init(|| reason.to_owned());
+    }
+
+    fn fail_with(&self, error: &BusError) {
+        match error {
+            BusError::Unavailable(reason) => self.fail(reason),
+            other => self.fail(&other.to_string()),
+        }
+    }
+
+    fn is_broken(&self) -> bool {
+        self.broken.get().is_some()
+    }
+
+    fn failed(&self) -> BusError {
+        let reason = self.broken.get().map_or("the producer is stopping", String::as_str);
+        BusError::Unavailable(format!("the batch in flight has failed: {reason}"))
+    }
+
     fn erred(&self, error: KafkaError, reason: &str) {
         self.erred_ms.store(self.now_ms(), Ordering::Release);
         if matches!(error, KafkaError::Global(RDKafkaErrorCode::Fatal)) {
-            self.broken.store(true, Ordering::Release);
+            self.fail(self.settings.without_secrets(reason));
         }
         tracing::warn!(%error, reason = self.settings.without_secrets(reason), "Kafka producer");
     }
@@ -222,13 +244,13 @@ impl SendContext {
             let fills = message.payload_len() + message.key_len() >= self.batch_bytes_max;
             if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) && !fills {
                 self.too_large.store(true, Ordering::Release);
-                self.broken.store(true, Ordering::Release);
-                return BusError::Unavailable(
-                    "a batch was too large for its topic; retrying with smaller batches".into(),
-                );
+                let reason = "a batch was too large for its topic; retrying with smaller batches";
+                self.fail(reason);
+                return BusError::Unavailable(reason.into());
             }
-            self.broken.store(true, Ordering::Release);
-            refusal(error, delivered.index)
+            let refusal = refusal(error, delivered.index);
+            self.fail_with(&refusal);
+            refusal
         });
         if let Ok(message) = result {
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -254,10 +276,6 @@ fn refusal(error: &KafkaError, index: usize) -> BusError {
         }
         _ => BusError::Unavailable(error.to_string()),
     }
-}
-
-fn failed() -> BusError {
-    BusError::Unavailable("the batch in flight has failed".into())
 }
 
 /// The current producer, which is replaced by a new producer after a failure. A failed producer sends nothing more.
@@ -299,7 +317,7 @@ impl Clients {
         let config = settings.finish(config, &FIXED)?;
         let context = Arc::new(SendContext {
             settings: settings.clone(),
-            broken: AtomicBool::new(false),
+            broken: OnceLock::new(),
             waiting: Arc::default(),
             too_large: AtomicBool::new(false),
             batch_bytes_max,
@@ -342,13 +360,13 @@ impl Producer {
     /// send its next page ahead of the failed messages.
     fn sound(&self) -> Result<(Arc<Clients>, bool), BusError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if !current.context.broken.load(Ordering::Acquire) {
+        if !current.context.is_broken() {
             return Ok((current.clone(), false));
         }
         current.purge();
         let context = &current.context;
         if Arc::strong_count(&context.waiting) > 1 {
-            return Err(failed());
+            return Err(context.failed());
         }
         if context.too_large.load(Ordering::Acquire) {
             self.batch_bytes_max.fetch_min((context.batch_bytes_max / 2).max(1), Ordering::AcqRel);
@@ -371,7 +389,7 @@ impl Producer {
     pub fn fit(&self, topic_bytes_max: usize) {
         if self.batch_bytes_max.fetch_min(topic_bytes_max, Ordering::AcqRel) > topic_bytes_max {
             let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-            current.context.broken.store(true, Ordering::Release);
+            current.context.fail("its batches are larger than a topic accepts; retrying with smaller batches");
         }
     }
 
@@ -416,8 +434,8 @@ impl Producer {
                 }
             }
             if !held.is_empty() {
-                if context.broken.load(Ordering::Acquire) {
-                    return Err(failed());
+                if context.is_broken() {
+                    return Err(context.failed());
                 }
                 tokio::select! {
                     () = settled => {}
@@ -444,7 +462,7 @@ async fn hand_over(
 ) -> Result<(), BusError> {
     loop {
         let room = context.room.notified();
-        let result = if context.broken.load(Ordering::Acquire) {
+        let result = if context.is_broken() {
             Err((None, record))
         } else {
             client.send(record).map_err(|(error, back)| (Some(error), back))
@@ -453,10 +471,10 @@ async fn hand_over(
             Ok(()) => return Ok(()),
             Err((Some(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)), back)) => record = back,
             Err((error, back)) => {
-                let Some(error) = error else { return Err(failed()) };
+                let Some(error) = error else { return Err(context.failed()) };
                 let refusal = refusal(&error, back.delivery_opaque.index);
                 if let BusError::Unavailable(_) = refusal {
-                    context.broken.store(true, Ordering::Release);
+                    context.fail_with(&refusal);
                 }
                 return Err(refusal);
             }
