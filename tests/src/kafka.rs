@@ -44,6 +44,8 @@ pub struct Broker {
     node: usize,
     /// The security protocol for clients.
     protocol: String,
+    /// Whether the broker obeys access control lists.
+    has_acls: bool,
     running: Option<Child>,
     /// The proxy between the broker and its clients.
     distance: Option<Distance>,
@@ -65,6 +67,29 @@ impl Broker {
     /// [`USER`] with the password [`PASSWORD`].
     pub fn secured(protocol: &str) -> Self {
         Self::by_protocol(1, protocol).remove(0)
+    }
+
+    /// Starts a cluster of one broker that obeys access control lists.
+    pub fn with_acls() -> Self {
+        let mut broker = Self::laid_out(1, "PLAINTEXT").remove(0);
+        broker.has_acls = true;
+        broker.launch();
+        broker.settle();
+        broker
+    }
+
+    /// Changes the access control lists of a topic with Kafka's own tool: `change` is `add` or `remove`, and `effect`
+    /// is `allow` or `deny`.
+    pub fn change_acl(&self, change: &str, effect: &str, operation: &str, topic: &str) {
+        let mut acls = Command::new("java");
+        acls.args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{}/*", jars()), "org.apache.kafka.tools.AclCommand"]);
+        acls.args(["--bootstrap-server", &self.address(), &format!("--{change}")]);
+        acls.args([&format!("--{effect}-principal"), "User:*", "--operation", operation, "--topic", topic]);
+        if change == "remove" {
+            acls.arg("--force");
+        }
+        let output = acls.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// Starts a cluster of this many brokers.
@@ -99,7 +124,7 @@ impl Broker {
         let ports = free_ports(brokers);
         let broker = |node| {
             let (folder, ports, protocol) = (tempfile::tempdir().unwrap(), ports.clone(), protocol.to_owned());
-            Self { folder, ports, node, protocol, running: None, distance: None }
+            Self { folder, ports, node, protocol, has_acls: false, running: None, distance: None }
         };
         (1..=brokers).map(broker).collect()
     }
@@ -119,6 +144,9 @@ impl Broker {
         // The tests start many brokers, and each lives for seconds only.
         broker.env("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1").env("KAFKA_HEAP", "256m");
         broker.env("KAFKA_PROTOCOL", &self.protocol).env("KAFKA_PASSWORD", PASSWORD);
+        if self.has_acls {
+            broker.env("KAFKA_ACLS", "yes");
+        }
         if let Some(distance) = &self.distance {
             broker.env("KAFKA_ADVERTISED", format!("127.0.0.1:{}", distance.port()));
         }

@@ -5,6 +5,7 @@ mod kafka;
 mod postgres;
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -15,6 +16,7 @@ use std::{
 use annals::{
     Bus, BusError, Consumer, Publisher, Runtime,
     bus::{Outgoing, Receipt},
+    health::State,
 };
 use annals_kafka::KafkaBus;
 use annals_tests::kafka::Broker;
@@ -214,6 +216,39 @@ async fn topic_emptied_before_its_end_loses_nothing() {
         late.sort_unstable();
         assert_eq!(late, [&(20..30).collect::<Vec<_>>()[..], &[40]].concat(), "of tally {tally}");
     }
+    relay.drain(DRAIN).await.unwrap();
+    consumer.drain(DRAIN).await.unwrap();
+}
+
+/// A producer that may not write has a fatal error of its client. A consumer that may not read has an error of its topic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn revoked_rights_are_reported_and_services_resume_with_them() {
+    let broker = Broker::with_acls();
+    let pair = Pair::on(&broker.address()).await;
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
+    let store = pair.source_store().await;
+    let mut sql = pair.sql().await;
+    add(&store, 0..1).await;
+    pair.handled(&mut sql).await;
+    broker.change_acl("add", "allow", "All", &pair.topic());
+    for (round, right, runtime) in [(1, "Write", &relay), (2, "Read", &consumer)] {
+        broker.change_acl("add", "deny", right, &pair.topic());
+        add(&store, round..round + 1).await;
+        let names_it = |parts: &BTreeMap<String, State>| format!("{parts:?}").to_lowercase().contains("authoriz");
+        shows(runtime, "without a right", |parts| in_trouble(parts) && names_it(parts)).await;
+        // A later failure has another direct cause, and names the right as well.
+        let shown_at = Instant::now();
+        while shown_at.elapsed() < Duration::from_secs(1) {
+            let parts = runtime.health().parts();
+            assert!(!in_trouble(&parts) || names_it(&parts), "{parts:?}");
+            sleep(PAUSE).await;
+        }
+        broker.change_acl("remove", "deny", right, &pair.topic());
+        pair.handled(&mut sql).await;
+        are_fine([&relay, &consumer]).await;
+    }
+    pair.agrees().await;
     relay.drain(DRAIN).await.unwrap();
     consumer.drain(DRAIN).await.unwrap();
 }
