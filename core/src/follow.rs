@@ -6,6 +6,7 @@ mod deduplication;
 mod deliver;
 pub(crate) mod lanes;
 pub(crate) mod lease;
+pub(crate) mod log_wait;
 pub mod parking;
 pub(crate) mod peer;
 mod redrive;

@@ -22,6 +22,7 @@ use crate::{
         checkpoint::{Lane, LastEvent, lane_of},
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes, Start},
         lease::{LaneLease, Turn},
+        log_wait::LogWait,
         parking::ParkedKeys,
         peer::Peer,
         relay_progress::relay_of,
@@ -422,7 +423,7 @@ impl Publication<'_> {
     /// Publishes until the lane is assigned to another instance or the relay is shut down.
     async fn run(mut self) -> Result<(), Trouble> {
         let store = self.worker.store.clone();
-        let mut more = store.wait(self.cursor);
+        let mut more = LogWait::after(&*store, self.cursor);
         let mut tick = tokio::time::interval(PARKED_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -432,7 +433,7 @@ impl Publication<'_> {
                 // Moves the checkpoint past events that have no messages, so that health shows no lag when all work is
                 // done.
                 if self.worker.lanes[0].next < self.cursor.0 {
-                    self.note(self.cursor.0).await?;
+                    more.alongside(self.note(self.cursor.0)).await?;
                 }
                 break;
             }
@@ -440,14 +441,14 @@ impl Publication<'_> {
                 self.patient_until = Instant::now() + LAST_RECEIPTS;
             }
             if self.follows_at.is_some_and(|at| at <= Instant::now()) {
-                self.note(self.taken_up_to).await?;
+                more.alongside(self.note(self.taken_up_to)).await?;
                 self.moved_at = Instant::now();
                 self.follows_at = None;
             }
             let room = self.in_flight.len() < PAGES_IN_FLIGHT && !stopping;
             if room && self.is_more {
-                let events = self.read().await?;
-                more = store.wait(self.cursor);
+                let events = more.alongside(self.read()).await?;
+                more = LogWait::after(&*store, self.cursor);
                 if !self.publish(&events).await? {
                     break;
                 }
@@ -455,13 +456,13 @@ impl Publication<'_> {
             let waits = !self.in_flight.is_empty();
             tokio::select! {
                 biased;
-                taken = first_receipt(&mut self.in_flight) => self.taken(taken).await?,
+                taken = first_receipt(&mut self.in_flight) => more.alongside(self.taken(taken)).await?,
                 () = tokio::time::sleep_until(self.follows_at.unwrap_or(self.patient_until)), if self.follows_at.is_some() => {}
-                woken = &mut more, if room && !self.is_more => {
+                woken = more.woken(), if !stopping && !self.is_more => {
                     woken?;
                     self.is_more = true;
                 }
-                _ = tick.tick() => self.tick().await?,
+                _ = tick.tick() => more.alongside(self.tick()).await?,
                 // A long run of events without messages must not block the tick, which moves the checkpoint.
                 () = std::future::ready(()), if room && self.is_more => {}
                 () = tokio::time::sleep_until(self.stalls_at), if waits => self.stalls_at = stall(self.worker),

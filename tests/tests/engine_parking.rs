@@ -9,8 +9,9 @@ use std::{
 };
 
 use annals::{
-    Commit, DeadLetters, DocumentKey, EventStore, Handler, HandlerError, Health, LogQuery, MemoryStore, Message,
-    Operator, Put, Repository, Subscription, Terminal, Work, commit::COMMIT_ROWS_MAX, parking::DeadLetter,
+    Commit, CommitError, Committed, DeadLetters, Document, DocumentKey, EventStore, Handler, HandlerError, Health,
+    LogPage, LogQuery, MemoryStore, Message, Operator, Position, Put, Recorded, Repository, Scan, StoreError,
+    StoreStatus, StreamId, Subscription, Terminal, Version, Work, commit::COMMIT_ROWS_MAX, parking::DeadLetter,
     worker::RetryPolicy,
 };
 use annals_conformance::bus::within;
@@ -19,7 +20,7 @@ use annals_tests::{
     tally::{Tally, TallyCommand, TallyEvent, add, document, documents, eventually},
 };
 use async_trait::async_trait;
-use tokio::task::JoinHandle;
+use tokio::{sync::Semaphore, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 /// What the handler does with a given amount.
@@ -497,5 +498,69 @@ async fn due_messages_of_other_lanes_hide_no_message() {
     eventually("the message is parked", async || (bed.letters().await.len() == 301).then_some(())).await;
     bed.operator().redrive("fussy", "tally-a", "a test").await.unwrap();
     bed.becomes("a", &[1]).await;
+    running.stop().await;
+}
+
+/// A store with one session for reads. A wait for events holds the session most of the time.
+struct OneSession {
+    inner: Arc<dyn EventStore>,
+    session: Semaphore,
+}
+
+#[async_trait]
+impl EventStore for OneSession {
+    async fn commit(&self, commit: Commit) -> Result<Committed, CommitError> {
+        self.inner.commit(commit).await
+    }
+
+    async fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Result<Vec<Recorded>, StoreError> {
+        let _session = self.session.acquire().await.unwrap();
+        self.inner.read_stream(stream, after, limit).await
+    }
+
+    async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
+        let _session = self.session.acquire().await.unwrap();
+        self.inner.read_log(query, after, limit).await
+    }
+
+    async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {
+        let _session = self.session.acquire().await.unwrap();
+        self.inner.documents(keys).await
+    }
+
+    async fn scan(&self, collection: &str, scan: &Scan, limit: usize) -> Result<Vec<Document>, StoreError> {
+        let _session = self.session.acquire().await.unwrap();
+        self.inner.scan(collection, scan, limit).await
+    }
+
+    async fn wait(&self, after: Position) -> Result<(), StoreError> {
+        loop {
+            let session = self.session.acquire().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let is_over = !self.inner.read_log(&LogQuery::all(), after, 1).await?.events.is_empty();
+            drop(session);
+            if is_over {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn status(&self) -> Result<StoreStatus, StoreError> {
+        self.inner.status().await
+    }
+}
+
+/// A lane that retries a parked message needs the session that its own wait for events may hold.
+#[tokio::test]
+async fn parked_message_is_retried_on_a_store_with_one_session() {
+    let mut bed = Bed::new();
+    bed.retry = RetryPolicy::default();
+    bed.fussy.trouble(1, Trouble::Fail, 2);
+    let inner = bed.store.clone();
+    bed.store = Arc::new(OneSession { inner: inner.clone(), session: Semaphore::new(1) });
+    let running = bed.start();
+    bed.store = inner;
+    bed.add("a", [1, 2]).await;
+    bed.becomes("a", &[1, 2]).await;
     running.stop().await;
 }

@@ -21,6 +21,7 @@ use crate::{
         checkpoint::{Item, Lane, lane_of},
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
         lease::{LaneLease, Turn},
+        log_wait::LogWait,
         parking::ParkedKeys,
         peer::Peer,
         worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
@@ -417,15 +418,12 @@ impl Subscription {
                 continue;
             }
             let store = worker.store.clone();
-            let mut more = store.wait(cursor);
+            let mut more = LogWait::after(&*store, cursor);
             loop {
                 tokio::select! {
-                    woken = &mut more, if caught_up => break woken?,
+                    woken = more.woken(), if caught_up => break woken?,
                     () = std::future::ready(()), if !caught_up => break,
-                    _ = tick.tick() => {
-                        worker.redrive_due().await?;
-                        skip(worker, cursor, &mut moved_at).await?;
-                    }
+                    _ = tick.tick() => more.alongside(redrive(worker, cursor, &mut moved_at)).await?,
                     () = shutdown.cancelled() => break,
                     () = claim.ends(), if !shutdown.is_cancelled() => break,
                 }
@@ -449,6 +447,11 @@ fn items<'a>(events: impl Iterator<Item = &'a Arc<Recorded>>, lane: u32, of: u32
         message: Ok(Message::of(event, source)),
     };
     of_lane.map(item).collect()
+}
+
+async fn redrive(worker: &mut Worker, cursor: Position, moved_at: &mut Instant) -> Result<(), Stop> {
+    worker.redrive_due().await?;
+    skip(worker, cursor, moved_at).await
 }
 
 /// Moves the checkpoint, at intervals, past events that belong to other lanes or do not match the query.

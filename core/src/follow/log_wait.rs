@@ -1,0 +1,51 @@
+//! The wait for the next events of a log.
+
+use std::pin::pin;
+
+use futures::future::BoxFuture;
+
+use crate::{
+    event::Position,
+    store::{EventStore, StoreError},
+};
+
+/// A wait for events after a position.
+///
+/// A wait that is polled once and then left alone may hold a session of the store, or the turn to look for new events.
+/// If several lanes leave their waits alone to do other work, and that work needs a session too, all lanes stand still.
+/// Therefore, other work is done with [`alongside`](Self::alongside).
+pub(crate) struct LogWait<'a> {
+    /// `None` once the wait is over.
+    wait: Option<BoxFuture<'a, Result<(), StoreError>>>,
+    /// The end of the wait, if the wait ended during other work.
+    woken: Option<Result<(), StoreError>>,
+}
+
+impl<'a> LogWait<'a> {
+    pub fn after(store: &'a dyn EventStore, position: Position) -> Self {
+        Self { wait: Some(store.wait(position)), woken: None }
+    }
+
+    /// Resolves once when the log has events after the position, and never again.
+    pub async fn woken(&mut self) -> Result<(), StoreError> {
+        if let Some(woken) = self.woken.take() {
+            return woken;
+        }
+        let Some(wait) = &mut self.wait else { return std::future::pending().await };
+        let woken = wait.await;
+        self.wait = None;
+        woken
+    }
+
+    /// Does other work while the wait makes progress.
+    pub async fn alongside<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                woken = self.woken(), if self.woken.is_none() => self.woken = Some(woken),
+            }
+        }
+    }
+}
