@@ -12,13 +12,18 @@ use std::{
 
 use annals::{
     DeadLetters, EventStore, Group, Handler, HandlerError, MemoryStore, Message, Metadata, Operator, Position,
-    Publisher, Runtime, Service, Version, Work,
+    Publisher, Runtime, Saga, Service, StreamId, Version, Work,
     bus::Outgoing,
     health::State,
     parking::{DeadLetter, Lost},
+    saga::{OperatorAction, Status},
 };
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::kafka::brokers;
+use annals_tests::{
+    kafka::brokers,
+    tally::becomes_fine,
+    trip::{Trip, World, ask},
+};
 use async_trait::async_trait;
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -106,20 +111,8 @@ impl Setting {
         self.bus.publish(positions.into_iter().map(outgoing).collect()).await.unwrap().await.unwrap();
     }
 
-    /// Removes all messages from the topic, as retention does. Returns the offset after the last message.
     async fn trim(&self) -> i64 {
-        let topic = self.topic.clone();
-        let end = tokio::task::spawn_blocking(move || {
-            let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
-            consumer.fetch_watermarks(&topic, 0, PATIENCE).unwrap().1
-        });
-        let end = end.await.unwrap();
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.topic, 0, Offset::Offset(end)).unwrap();
-        admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
-        end
+        trim(&self.topic).await
     }
 
     async fn start(&self) -> Runtime {
@@ -145,6 +138,27 @@ impl Setting {
     fn state(&self, runtime: &Runtime) -> State {
         runtime.health().parts()[&format!("{}#0", self.group())].clone()
     }
+}
+
+/// Returns the offset after the last message of a topic with one partition, or 0 if the topic does not exist yet.
+async fn end(topic: &str) -> i64 {
+    let topic = topic.to_owned();
+    let end = tokio::task::spawn_blocking(move || {
+        let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+        consumer.fetch_watermarks(&topic, 0, PATIENCE).map_or(0, |(_, end)| end)
+    });
+    end.await.unwrap()
+}
+
+/// Removes all messages from a topic with one partition, as retention does. Returns the offset after the last message.
+async fn trim(topic: &str) -> i64 {
+    let end = end(topic).await;
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(topic, 0, Offset::Offset(end)).unwrap();
+    admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
+    end
 }
 
 async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
@@ -271,4 +285,60 @@ async fn messages_lost_before_the_first_of_their_lane_can_be_sent_again() {
     setting.send([6], 10).await;
     until("lost messages are handled once", async || seen.positions() == [0, 5, 3, 4, 6]).await;
     runtime.drain(DRAIN).await.unwrap();
+}
+
+/// A saga is stuck because the reply of its participant was removed from the topic before it was read. An operator's
+/// retry makes the participant send the recorded answer again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lost_reply_is_sent_again_on_an_operators_retry() {
+    let plan = Saga::<Trip>::named("trip")
+        .pivot("confirm", |trip| ask("bank", "confirm", trip))
+        .timeout(Duration::from_secs(1))
+        .attempts(1)
+        .retriable("announce", |trip| ask("bank", "announce", trip))
+        .timeout(PATIENCE)
+        .build();
+    let world = World::new(Arc::new(MemoryStore::new()), plan);
+    let prefix = format!("reply{}.", Uuid::new_v4().simple());
+    let settings = Settings::new(&brokers()).partitions(1).prefix(&prefix);
+    let start = async |name| {
+        let bus = KafkaBus::connect(settings.clone()).await.unwrap();
+        world.start_over(Arc::new(bus), &[name]).await
+    };
+    let commands = format!("{prefix}bank.commands");
+    let replies = format!("{prefix}shop.commands");
+    let bank = start("bank").await;
+    let shop = start("shop").await;
+    // The bank answers in time, or the saga is stuck until the answer arrives.
+    world.request("before", Uuid::new_v4(), None).await;
+    world.becomes("before", Status::Completed).await;
+    bank.drain(DRAIN).await.unwrap();
+
+    let sent = end(&commands).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    until("the command is sent", async || end(&commands).await > sent).await;
+    shop.drain(DRAIN).await.unwrap();
+    let answered = end(&replies).await;
+    let bank = start("bank").await;
+    until("the answer is sent", async || end(&replies).await > answered).await;
+    trim(&replies).await;
+    let shop = start("shop").await;
+    world.becomes("a", Status::Stuck).await;
+    assert_eq!(world.ledger("a").await, ["confirm"]);
+    let letters = DeadLetters::new(world.store.clone());
+    until("the loss is reported", async || !letters.list("shop.commands").await.unwrap().is_empty()).await;
+    let lost = letters.list("shop.commands").await.unwrap().remove(0).parked;
+    assert_eq!(lost.lost().map(|lost| lost.to), Some(answered + 1), "{lost:?}");
+
+    let operator = Operator::new(world.store.clone(), "ann");
+    let saga = StreamId::from_stored("saga.trip-a");
+    operator.ask(&saga, OperatorAction::Retry, "the reply is gone").await.unwrap();
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["confirm", "announce"]);
+    let confirmed = world.script.asked().into_iter().filter(|(step, _)| step == "confirm").count();
+    assert_eq!(confirmed, 2, "each of the two trips is confirmed once");
+    operator.drop_first("shop.commands", &lost.key, "a test").await.unwrap().unwrap();
+    becomes_fine(&shop.health()).await;
+    shop.drain(DRAIN).await.unwrap();
+    bank.drain(DRAIN).await.unwrap();
 }
