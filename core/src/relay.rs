@@ -23,11 +23,10 @@ use crate::{
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes, Start},
         lease::{LaneLease, Turn},
         log_wait::LogWait,
-        parking::ParkedKeys,
         peer::Peer,
         relay_progress::relay_of,
         subscription::IDLE_CHECKPOINT,
-        worker::{PARKED_TICK, RetryPolicy, Stop, Worker},
+        worker::{PARKED_TICK, Stop, Worker},
     },
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
@@ -206,18 +205,8 @@ impl Relay {
         reporter: Reporter,
     ) -> Worker {
         let lane = Lane { lanes: Some(of), ..Lane::new(&format!("{}/{lane}", self.name), None) };
-        Worker {
-            name: self.name.clone(),
-            store,
-            handler: Arc::new(Republish { routes: self.routes.clone(), publisher: publisher.clone() }),
-            retry: RetryPolicy::default(),
-            lanes: vec![lane],
-            history: 0,
-            parked: ParkedKeys::new(self.name.clone()),
-            reconciled_at: Instant::now(),
-            others: None,
-            reporter,
-        }
+        let republish = Republish { routes: self.routes.clone(), publisher: publisher.clone() };
+        Worker::new(&self.name, store, Arc::new(republish), vec![lane], reporter)
     }
 
     /// Records the number of lanes in the store, with a checkpoint for each lane. If the recorded number is different,

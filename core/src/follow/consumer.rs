@@ -17,8 +17,8 @@ use crate::{
     commit::{Commit, DocumentKey, Put},
     follow::{
         checkpoint::{CHECKPOINTS, Item, Lane},
-        parking::{Lost, ParkedKeys, parking_key},
-        worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
+        parking::{Lost, parking_key},
+        worker::{BATCH_MAX, PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::Handler,
     health::{Health, State},
@@ -212,18 +212,10 @@ impl Joined {
         let (group, is_local) = (self.group, self.is_local);
         self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
-            let worker = Worker {
-                name: group.name.clone(),
-                store: store.clone(),
-                handler: group.handler.clone(),
-                retry: group.retry.clone(),
-                lanes: Vec::new(),
-                history: store.history(),
-                parked: ParkedKeys::new(group.name.clone()),
-                reconciled_at: Instant::now(),
-                others: (!is_local || group.instance.is_some()).then(Others::default),
-                reporter: health.reporter(&part, shutdown),
-            };
+            let reporter = health.reporter(&part, shutdown);
+            let worker = Worker::new(&group.name, store.clone(), group.handler.clone(), Vec::new(), reporter)
+                .retry(group.retry.clone())
+                .among_others(!is_local || group.instance.is_some());
             // Offsets of a local bus are meaningless in other processes, so each process stores its own offsets.
             let home = group.instance.clone().filter(|_| is_local);
             let member = Member {

@@ -22,9 +22,8 @@ use crate::{
         lanes::{self, LANES_MAX, LOOK_AGAIN, Lanes},
         lease::{LaneLease, Turn},
         log_wait::LogWait,
-        parking::ParkedKeys,
         peer::Peer,
-        worker::{BATCH_MAX, Others, PARKED_TICK, RetryPolicy, Stop, Worker},
+        worker::{BATCH_MAX, PARKED_TICK, RetryPolicy, Stop, Worker},
     },
     handler::Handler,
     health::{Health, Reporter},
@@ -274,18 +273,9 @@ impl Subscription {
 
     fn worker(&self, lane: u32, of: u32, store: Arc<dyn EventStore>, reporter: Reporter) -> Worker {
         let lane = Lane { lanes: Some(of), ..Lane::new(&format!("{}/{lane}", self.name), None) };
-        Worker {
-            name: self.name.clone(),
-            store,
-            handler: self.handler.clone(),
-            retry: self.retry.clone(),
-            lanes: vec![lane],
-            history: 0,
-            parked: ParkedKeys::new(self.name.clone()),
-            reconciled_at: Instant::now(),
-            others: self.instance.is_some().then(Others::default),
-            reporter,
-        }
+        Worker::new(&self.name, store, self.handler.clone(), vec![lane], reporter)
+            .retry(self.retry.clone())
+            .among_others(self.instance.is_some())
     }
 
     /// Records the number of lanes in the store, with a checkpoint for each lane. If the recorded number is different,

@@ -119,6 +119,38 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// Creates a worker for these lanes. The worker has not read anything from the store yet.
+    pub fn new(
+        name: &Arc<str>,
+        store: Arc<dyn EventStore>,
+        handler: Arc<dyn Handler>,
+        lanes: Vec<Lane>,
+        reporter: Reporter,
+    ) -> Self {
+        Self {
+            name: name.clone(),
+            history: store.history(),
+            store,
+            handler,
+            retry: RetryPolicy::default(),
+            lanes,
+            parked: ParkedKeys::new(name.clone()),
+            reconciled_at: Instant::now(),
+            others: None,
+            reporter,
+        }
+    }
+
+    /// Sets when failed messages are retried.
+    pub fn retry(self, retry: RetryPolicy) -> Self {
+        Self { retry, ..self }
+    }
+
+    /// Sets whether other workers, perhaps with another build, follow the same subscription.
+    pub fn among_others(self, are_others: bool) -> Self {
+        Self { others: are_others.then(Others::default), ..self }
+    }
+
     /// Returns an error if the lanes of the worker may be based on events that are gone.
     pub fn is_of_this_log(&self) -> Result<(), Stop> {
         if self.store.history() == self.history { Ok(()) } else { Err(Stop::Renewed) }
