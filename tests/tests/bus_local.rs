@@ -26,6 +26,26 @@ impl Subject for Local {
 
 annals_conformance::bus_suite!(Local);
 
+/// Every property holds under a prefix, too.
+mod prefixed {
+    use super::*;
+
+    struct LocalWithPrefix;
+
+    #[async_trait::async_trait]
+    impl Subject for LocalWithPrefix {
+        const PARTITIONS: u32 = 4;
+        const RECEIPT_AFTER_CONSUMPTION: bool = true;
+        const RESUMES_AT_ACKNOWLEDGED: bool = true;
+
+        async fn bus() -> Arc<dyn Bus> {
+            Arc::new(LocalBus::default().prefix("staging."))
+        }
+    }
+
+    annals_conformance::bus_suite!(LocalWithPrefix);
+}
+
 const TOPIC: &str = "payment.commands";
 
 fn outgoing(numbers: impl Iterator<Item = i64>) -> Vec<Outgoing> {
@@ -47,6 +67,29 @@ async fn receipt_resolves_at_once_without_a_group() {
     let mut late = Member::join(&bus, "late", TOPIC).await;
     let _receipt = publish(&bus, TOPIC, [message("order-1", 2)]).await;
     assert_eq!(late.collect(1).await[0].message.as_ref().unwrap().version.0, 2);
+}
+
+#[tokio::test]
+async fn same_names_under_other_prefixes_do_not_see_each_other() {
+    let bus = LocalBus::new(1);
+    let (green, blue) = (bus.clone().prefix("green."), bus.clone().prefix("blue."));
+    let mut of_green = Member::join(&green, "payment", TOPIC).await;
+    let mut of_blue = Member::join(&blue, "payment", TOPIC).await;
+    let mut observer = Member::join(&bus, "observer", &format!("green.{TOPIC}")).await;
+    let _of_green = publish(&green, TOPIC, [message("order-1", 1)]).await;
+    let _of_blue = publish(&blue, TOPIC, [message("order-1", 2)]).await;
+    let seen = [of_green.collect(1).await.remove(0), of_blue.collect(1).await.remove(0)];
+    let numbers = seen.each_ref().map(|delivery| delivery.message.as_ref().unwrap().version.0);
+    assert_eq!(numbers, [1, 2], "each prefix has messages of its own");
+    for delivery in &seen {
+        assert_eq!((&*delivery.partition.topic, delivery.offset), (TOPIC, 0), "names in deliveries have no prefix");
+    }
+    assert_ne!(seen[0].partition, seen[1].partition, "an offset under one prefix is meaningless under another");
+    let observed = observer.collect(1).await.remove(0);
+    assert_eq!(*observed.partition.topic, *format!("green.{TOPIC}"), "without a prefix, the prefix is part of the name");
+    of_green.acknowledge(&seen[..1]).await;
+    observer.acknowledge(&[observed]).await;
+    assert_eq!((green.held(TOPIC), blue.held(TOPIC)), (0, 1), "a group acknowledges only under its own prefix");
 }
 
 #[tokio::test]

@@ -51,7 +51,10 @@ const PARTITIONS_DEFAULT: u32 = 4;
 /// # Ok::<(), annals::BusError>(()) }).unwrap();
 /// ```
 #[derive(Clone)]
-pub struct LocalBus(Arc<Handle>);
+pub struct LocalBus {
+    handle: Arc<Handle>,
+    prefix: Prefix,
+}
 
 /// A handle that a user of the bus holds. The bus closes when the last handle is dropped; consumers do not keep the bus
 /// open.
@@ -65,28 +68,78 @@ struct SharedBus {
 
 struct LocalConsumer {
     shared: Arc<SharedBus>,
+    prefix: Prefix,
     seat: Seat,
     wake: Arc<Notify>,
+}
+
+/// The prefix that topics and groups have on the bus; empty for none. Users of the bus see names without the prefix.
+#[derive(Clone, Default)]
+struct Prefix(Arc<str>);
+
+impl Prefix {
+    /// Returns the name that a topic or group has on the bus.
+    fn on_bus(&self, name: &str) -> Arc<str> {
+        format!("{}{name}", self.0).into()
+    }
+
+    /// Returns the partition on the bus that the user knows by this partition.
+    fn partition_on_bus(&self, known: &Partition) -> Partition {
+        let mut partition = known.clone();
+        if !self.0.is_empty() {
+            let incarnation = known.incarnation.strip_suffix(&*self.0).and_then(|id| id.strip_suffix('/'));
+            partition.incarnation = incarnation.unwrap_or(&known.incarnation).into();
+            partition.topic = self.on_bus(&known.topic);
+        }
+        partition
+    }
+
+    /// Returns the partition by which the user knows a partition on the bus. The incarnation includes the prefix,
+    /// because an offset under one prefix is meaningless under another.
+    fn known(&self, mut partition: Partition) -> Partition {
+        if !self.0.is_empty() {
+            partition.topic = partition.topic.strip_prefix(&*self.0).unwrap_or(&partition.topic).into();
+            partition.incarnation = format!("{}/{}", partition.incarnation, self.0).into();
+        }
+        partition
+    }
 }
 
 impl LocalBus {
     /// Creates a bus whose topics each have this number of partitions. Zero counts as one.
     pub fn new(partitions: u32) -> Self {
-        Self(Arc::new(Handle(Arc::new(SharedBus {
-            state: Mutex::new(BusState::new(partitions)),
-            room: Notify::new(),
-        }))))
+        let shared = SharedBus { state: Mutex::new(BusState::new(partitions)), room: Notify::new() };
+        Self { handle: Arc::new(Handle(Arc::new(shared))), prefix: Prefix::default() }
+    }
+
+    /// Sets a prefix for the names of all topics and consumer groups of this handle, so that several installations can
+    /// share one bus. The default is no prefix. The prefix exists only on the bus: names in calls and in deliveries have
+    /// no prefix. The bus on Kafka has the same setting.
+    ///
+    /// ```
+    /// use annals::{Bus, LocalBus};
+    /// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+    /// let bus = LocalBus::default();
+    /// let staging = bus.clone().prefix("staging.");
+    /// let _consumer = staging.join("payment", &["payment.commands"]).await?;
+    /// // Without the prefix, the same topic is named `staging.payment.commands`.
+    /// let _observer = bus.join("observer", &["staging.payment.commands"]).await?;
+    /// # Ok::<(), annals::BusError>(()) }).unwrap();
+    /// ```
+    pub fn prefix(self, prefix: &str) -> Self {
+        Self { prefix: Prefix(prefix.into()), ..self }
     }
 
     /// Returns how many messages of a topic are not yet acknowledged by all groups. The number is at most [`HELD_MAX`].
     pub fn held(&self, topic: &str) -> usize {
-        self.0.0.with(|state, _| state.held(topic)).unwrap_or(0)
+        let topic = self.prefix.on_bus(topic);
+        self.handle.0.with(|state, _| state.held(&topic)).unwrap_or(0)
     }
 
-    /// Drops all messages. From now on, every call and every receipt, including those already waiting, fails with
+    /// Drops all messages of the bus, whatever their prefix. From now on, every call and every receipt, including those already waiting, fails with
     /// [`BusError::Unavailable`].
     pub fn close(&self) {
-        self.0.0.close();
+        self.handle.0.close();
     }
 }
 
@@ -98,7 +151,7 @@ impl Default for LocalBus {
 
 impl fmt::Debug for LocalBus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LocalBus").finish_non_exhaustive()
+        f.debug_struct("LocalBus").field("prefix", &self.prefix.0).finish_non_exhaustive()
     }
 }
 
@@ -110,8 +163,11 @@ impl Drop for Handle {
 
 #[async_trait]
 impl Publisher for LocalBus {
-    async fn publish(&self, messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
-        let shared = &self.0.0;
+    async fn publish(&self, mut messages: Vec<Outgoing>) -> Result<Receipt, BusError> {
+        let shared = &self.handle.0;
+        if !self.prefix.0.is_empty() {
+            messages.iter_mut().for_each(|outgoing| outgoing.topic = self.prefix.on_bus(&outgoing.topic));
+        }
         let mut rest: VecDeque<Placed> = messages.into_iter().map(Placed::new).collect();
         let (done, receipt) = oneshot::channel();
         let done = Arc::new(done);
@@ -138,9 +194,11 @@ impl Bus for LocalBus {
         if topics.is_empty() {
             return Err(BusError::Misconfigured(format!("group {group} subscribes to no topic")));
         }
-        let shared = self.0.0.clone();
-        let (seat, wake) = shared.with(|state, wakes| state.join(group, topics, wakes))?;
-        Ok(Box::new(LocalConsumer { shared, seat, wake }))
+        let (shared, prefix) = (self.handle.0.clone(), self.prefix.clone());
+        let group = prefix.on_bus(group);
+        let topics: Vec<Arc<str>> = topics.iter().map(|topic| prefix.on_bus(topic)).collect();
+        let (seat, wake) = shared.with(|state, wakes| state.join(&group, &topics, wakes))?;
+        Ok(Box::new(LocalConsumer { shared, prefix, seat, wake }))
     }
 
     fn is_local(&self) -> bool {
@@ -151,16 +209,18 @@ impl Bus for LocalBus {
 #[async_trait]
 impl Consumer for LocalConsumer {
     async fn poll(&mut self, max: usize) -> Result<Polled, BusError> {
+        let prefix = self.prefix.clone();
+        let known = |partitions: Vec<Partition>| partitions.into_iter().map(|found| prefix.known(found)).collect();
         loop {
             consume_budget().await;
             // There is no other await between this line and the return, so a dropped future never loses messages.
             match self.shared.with(|state, wakes| state.next(&mut self.seat, max.max(1), wakes))? {
                 Next::Nothing => self.wake.notified().await,
-                Next::Assigned(partitions) => return Ok(Polled::Assigned(partitions)),
-                Next::Revoked(partitions) => return Ok(Polled::Revoked(partitions)),
+                Next::Assigned(partitions) => return Ok(Polled::Assigned(known(partitions))),
+                Next::Revoked(partitions) => return Ok(Polled::Revoked(known(partitions))),
                 Next::Messages(taken) => {
                     let deliver = |(partition, offset, message): (Partition, i64, Arc<Message>)| Delivery {
-                        partition,
+                        partition: prefix.known(partition),
                         offset,
                         message: Ok(Message::clone(&message)),
                     };
@@ -172,13 +232,15 @@ impl Consumer for LocalConsumer {
 
     async fn seek(&mut self, partition: &Partition, from: Option<Bookmark>) -> Result<(), BusError> {
         let next = from.map(|bookmark| bookmark.next);
-        let freed = self.shared.with(|state, _| state.seek(&self.seat, partition, next))??;
+        let partition = self.prefix.partition_on_bus(partition);
+        let freed = self.shared.with(|state, _| state.seek(&self.seat, &partition, next))??;
         self.shared.release(freed);
         Ok(())
     }
 
     async fn acknowledge(&mut self, partition: &Partition, next: i64) -> Result<(), BusError> {
-        let freed = self.shared.with(|state, _| state.acknowledge(&self.seat, partition, next))??;
+        let partition = self.prefix.partition_on_bus(partition);
+        let freed = self.shared.with(|state, _| state.acknowledge(&self.seat, &partition, next))??;
         self.shared.release(freed);
         Ok(())
     }

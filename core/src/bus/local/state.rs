@@ -184,7 +184,7 @@ impl BusState {
         Taken::Stride
     }
 
-    pub(super) fn join(&mut self, group: &str, topics: &[&str], wakes: &mut Wakes) -> (Seat, Arc<Notify>) {
+    pub(super) fn join(&mut self, group: &str, topics: &[Arc<str>], wakes: &mut Wakes) -> (Seat, Arc<Notify>) {
         let group = *self.group_names.entry(group.into()).or_insert_with(|| {
             self.groups.push(GroupState::default());
             self.groups.len() - 1
@@ -205,11 +205,10 @@ impl BusState {
         (Seat { group, member, topics: joined, turn: 0 }, wake)
     }
 
-    fn topic(&mut self, name: &str) -> usize {
+    fn topic(&mut self, name: &Arc<str>) -> usize {
         if let Some(&topic) = self.topic_names.get(name) {
             return topic;
         }
-        let name: Arc<str> = name.into();
         let log = |number| Log {
             partition: Partition { topic: name.clone(), number, incarnation: self.incarnation.clone() },
             base: 0,
@@ -218,7 +217,7 @@ impl BusState {
             cursors: BTreeMap::new(),
         };
         self.topics.push(Topic { logs: (0..self.partitions).map(log).collect(), held: 0 });
-        self.topic_names.insert(name, self.topics.len() - 1);
+        self.topic_names.insert(name.clone(), self.topics.len() - 1);
         self.topics.len() - 1
     }
 
