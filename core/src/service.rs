@@ -30,7 +30,7 @@ use crate::{
     project::read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
     saga::{self, Debtor, Participant, Replies, Runner, SagaState, Starter, StepEvent, StepHandler},
-    store::{EventStore, LogQuery},
+    store::{EventStore, LogQuery, StoreError, tail::Tail},
 };
 
 pub use self::start_error::StartError;
@@ -100,6 +100,8 @@ type Part = Box<dyn FnOnce(ServiceContext) -> BoxFuture<'static, Result<(), Stri
 
 /// The context that a part runs in.
 struct ServiceContext {
+    /// The tail of the service's store.
+    store: Arc<dyn EventStore>,
     instance: Option<Peer>,
     bus_is_local: bool,
     health: Health,
@@ -175,8 +177,7 @@ impl Service {
         self.subscriptions.extend([starter, index]);
         self.replies.push(Arc::new(runner.clone()));
         let service = self.name.clone();
-        let store = self.store.clone();
-        self.parts.push(Box::new(|ServiceContext { bus_is_local, health, shutdown, .. }| {
+        self.parts.push(Box::new(|ServiceContext { store, bus_is_local, health, shutdown, .. }| {
             // On a local bus, a message counts as sent only once the receiver has handled it. If timers waited for the
             // relay, they would also wait for a slow participant, although a timeout must detect exactly such a
             // participant.
@@ -200,9 +201,8 @@ impl Service {
 
     /// Maintains the views of a read model.
     pub fn project<R: ReadModel>(mut self, projection: Projection<R>) -> Self {
-        let store = self.store.clone();
         self.read_models.push(R::NAME);
-        self.parts.push(Box::new(|ServiceContext { instance, health, shutdown, .. }| {
+        self.parts.push(Box::new(|ServiceContext { store, instance, health, shutdown, .. }| {
             Box::pin(projection.shared(instance).run(store, health, shutdown).map_err(|error| error.to_string()))
         }));
         self
@@ -431,6 +431,8 @@ pub struct Runtime {
     names: Names,
     /// The instance name under which the runtime shares its stores with other processes.
     shared_as: Option<String>,
+    /// The stores of the services, each with the tail through which all parts on that store follow the log.
+    tails: Vec<(Arc<dyn EventStore>, Arc<dyn EventStore>)>,
     /// The runtime's instance on each store.
     instances: Vec<(Arc<dyn EventStore>, Peer)>,
     heartbeats: JoinSet<()>,
@@ -460,6 +462,7 @@ impl Runtime {
             health: Health::default(),
             names: Names::default(),
             shared_as: None,
+            tails: Vec::new(),
             instances: Vec::new(),
             heartbeats: JoinSet::new(),
             leave: CancellationToken::new(),
@@ -487,6 +490,7 @@ impl Runtime {
     }
 
     /// Starts services on a bus. All services join the bus before any service publishes, so that no message is missed.
+    /// The services on one store read the end of the log together, through one [`Tail`].
     ///
     /// # Errors
     /// Fails if a name is not valid or is used twice, if the bus cannot be joined, or if a store is incomplete. In
@@ -518,24 +522,21 @@ impl Runtime {
                 groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters, service.desk));
             }
             for group in service.groups {
-                groups.push((
-                    group.name().to_owned(),
-                    group.shared(instance.clone()).join(&*bus).await?,
-                    Vec::new(),
-                    None,
-                ));
+                let name = group.name().to_owned();
+                groups.push((name, group.shared(instance.clone()).join(&*bus).await?, Vec::new(), None));
             }
             let relay = Relay::new(service.routes).lanes(service.relay_lanes);
-            joined.push((service.name, service.store, relay, groups, service.subscriptions, service.parts));
+            let tail = self.tail_of(&service.store).await?;
+            joined.push((service.name, service.store, tail, relay, groups, service.subscriptions, service.parts));
         }
         self.names = names;
         self.keep(kept);
-        for (name, store, relay, groups, subscriptions, parts) in joined {
+        for (name, store, tail, relay, groups, subscriptions, parts) in joined {
             let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
             for (group_name, group, starters, desk) in groups {
                 let recovered = Recovered { service: name.clone(), store: store.clone(), starters, desk };
                 let (recovered, settled) = (Arc::new(recovered), Arc::new(OnceCell::new()));
-                for member in group.members(&store, &health, &shutdown) {
+                for member in group.members(&tail, &health, &shutdown) {
                     let (recovered, settled) = (recovered.clone(), settled.clone());
                     let (health, shutdown) = (health.clone(), shutdown.clone());
                     self.spawn_worker(&group_name, async move {
@@ -547,12 +548,11 @@ impl Runtime {
             for subscription in subscriptions {
                 let part = subscription.name().to_owned();
                 let subscription = subscription.shared(instance.clone());
-                subscription
-                    .workers(&store, &health, &shutdown)
-                    .for_each(|lane| self.spawn_worker(&part, lane.map(Ok)));
+                subscription.workers(&tail, &health, &shutdown).for_each(|lane| self.spawn_worker(&part, lane.map(Ok)));
             }
             for part in parts {
                 let surroundings = ServiceContext {
+                    store: tail.clone(),
                     instance: instance.clone(),
                     bus_is_local: bus.is_local(),
                     health: health.clone(),
@@ -565,10 +565,20 @@ impl Runtime {
                 self.spawn(format!("{name}.history"), watch.err_into());
             }
             let publisher: Arc<dyn Publisher> = bus.clone();
-            let carriers = relay.shared(instance).carriers(&store, &publisher, &health, &shutdown);
+            let carriers = relay.shared(instance).carriers(&tail, &publisher, &health, &shutdown);
             carriers.for_each(|lane| self.spawn_worker(&format!("{name}.relay"), lane.map(Ok)));
         }
         Ok(())
+    }
+
+    /// Returns the tail of a store. All services on this store share the tail, so that they read the end of the log once.
+    async fn tail_of(&mut self, store: &Arc<dyn EventStore>) -> Result<Arc<dyn EventStore>, StoreError> {
+        if let Some((_, tail)) = self.tails.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
+            return Ok(tail.clone());
+        }
+        let tail = Tail::over(store).await?;
+        self.tails.push((store.clone(), tail.clone()));
+        Ok(tail)
     }
 
     /// Returns the instance of this process on a store. The first call starts the heartbeat of the instance on this

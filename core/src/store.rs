@@ -6,7 +6,7 @@ pub(crate) mod names;
 pub mod pages;
 pub mod tail;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -23,7 +23,7 @@ use crate::{
 /// Every method may be called from many tasks at once, and every future may be dropped at any point: a
 /// [`commit`](EventStore::commit) whose future is dropped still happens as a whole or not at all.
 #[async_trait]
-pub trait EventStore: Send + Sync + 'static {
+pub trait EventStore: Any + Send + Sync {
     /// Applies a commit either completely or not at all, and returns once the commit is durable. Concurrent commits may
     /// share a round trip. If one of them fails, the others are not affected.
     ///

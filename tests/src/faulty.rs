@@ -109,6 +109,8 @@ struct Shared {
     /// The number of calls that failed because the store was away.
     refused: watch::Sender<u64>,
     commits: watch::Sender<u64>,
+    /// The number of events that reads of the log have returned.
+    events_read: watch::Sender<u64>,
 }
 
 #[derive(Default)]
@@ -126,6 +128,7 @@ impl FaultyStore {
             away: watch::Sender::new(false),
             refused: watch::Sender::new(0),
             commits: watch::Sender::new(0),
+            events_read: watch::Sender::new(0),
         };
         Self { inner, shared: Arc::new(shared) }
     }
@@ -184,6 +187,11 @@ impl FaultyStore {
     /// Returns the number of commits requested so far.
     pub fn commits(&self) -> u64 {
         *self.shared.commits.borrow()
+    }
+
+    /// Returns the number of events that reads of the log have returned. An event that was read twice counts twice.
+    pub fn events_read(&self) -> u64 {
+        *self.shared.events_read.borrow()
     }
 
     /// Resolves once this many commits have been requested.
@@ -276,7 +284,9 @@ impl EventStore for FaultyStore {
 
     async fn read_log(&self, query: &LogQuery, after: Position, limit: usize) -> Result<LogPage, StoreError> {
         self.check()?;
-        self.inner.read_log(query, after, limit).await
+        let page = self.inner.read_log(query, after, limit).await?;
+        self.shared.events_read.send_modify(|read| *read += page.events.len() as u64);
+        Ok(page)
     }
 
     async fn documents(&self, keys: &[DocumentKey]) -> Result<Vec<Option<Document>>, StoreError> {

@@ -86,7 +86,11 @@ async fn same_names_under_other_prefixes_do_not_see_each_other() {
     }
     assert_ne!(seen[0].partition, seen[1].partition, "an offset under one prefix is meaningless under another");
     let observed = observer.collect(1).await.remove(0);
-    assert_eq!(*observed.partition.topic, *format!("green.{TOPIC}"), "without a prefix, the prefix is part of the name");
+    assert_eq!(
+        *observed.partition.topic,
+        *format!("green.{TOPIC}"),
+        "without a prefix, the prefix is part of the name"
+    );
     of_green.acknowledge(&seen[..1]).await;
     observer.acknowledge(&[observed]).await;
     assert_eq!((green.held(TOPIC), blue.held(TOPIC)), (0, 1), "a group acknowledges only under its own prefix");

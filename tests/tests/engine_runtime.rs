@@ -1,11 +1,18 @@
 //! The runtime starts and drains all parts together, and reports every failure of a part.
 #![allow(clippy::unwrap_used)]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use annals::{
-    Append, Bus, Commit, EventStore, Expected, Group, LocalBus, LogQuery, MemoryStore, Message, Metadata, NewEvent,
-    Projection, Publisher, ReadModel, Runtime, Service, StreamId, Subscription, bus::Outgoing, health::State,
+    Append, Bus, Commit, EventStore, Expected, Group, Handler, HandlerError, LocalBus, LogQuery, MemoryStore, Message,
+    Metadata, NewEvent, Projection, Publisher, ReadModel, Runtime, Service, StreamId, Subscription, Work,
+    bus::Outgoing, health::State,
 };
 use annals_conformance::bus::within;
 use annals_tests::{
@@ -66,6 +73,39 @@ async fn health_moves_through_all_states() {
     eventually("fine again", async || health.is_fine().then_some(())).await;
     runtime.drain(PATIENCE).await.unwrap();
     assert!(health.parts().values().all(|state| *state == State::Stopped), "{:?}", health.parts());
+}
+
+/// Counts the messages of all its subscriptions.
+#[derive(Clone, Default)]
+struct Counter(Arc<AtomicU64>);
+
+#[async_trait::async_trait]
+impl Handler for Counter {
+    async fn handle(&self, _: &Message, _: &mut Work) -> Result<(), HandlerError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn parts_on_one_store_read_the_end_of_the_log_once() {
+    const EVENTS: u64 = 100;
+    const READERS: u64 = 8;
+    let faulty = FaultyStore::new(Arc::new(MemoryStore::new()));
+    let (store, handled): (Arc<dyn EventStore>, _) = (Arc::new(faulty.clone()), Counter::default());
+    let reader = |number| Subscription::new(&format!("reader-{number}"), handled.clone());
+    let services = [("even", 0), ("odd", 1)].map(|(name, first)| {
+        let readers = (first..READERS).step_by(2).map(reader);
+        readers.fold(Service::new(name, store.clone()).publish(&["tally"]), Service::subscribe)
+    });
+    let mut runtime = Runtime::new();
+    runtime.start(Vec::from(services), Arc::new(LocalBus::default())).await.unwrap();
+    add(&store, "a", 1..=EVENTS as i64).await;
+    let all = async || (handled.0.load(Ordering::Relaxed) >= EVENTS * READERS).then_some(());
+    eventually("every reader has handled every event", all).await;
+    let read = faulty.events_read();
+    assert!((EVENTS..2 * EVENTS).contains(&read), "{read} events were read for {READERS} readers of {EVENTS} events");
+    runtime.drain(PATIENCE).await.unwrap();
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! A shared reader of the tail of the log, which serves all subscriptions of a process.
 
 use std::{
+    any::Any,
     collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -30,8 +31,24 @@ const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;
 
-/// A store that reads the tail of the log once for all subscriptions. Events committed by this process are served from
-/// memory and not read back. Readers that are far behind read the store directly.
+/// A store that reads the tail of the log once for all subscriptions. Events that are committed through the tail are
+/// served from memory and not read back. Readers that are far behind read the store directly.
+///
+/// A [`Runtime`](crate::Runtime) puts a tail around each store, and its services commit through this tail. Commits of
+/// other code in the process, such as the commands of an HTTP server, go through the handle of that code. A process
+/// that gives the same tail to its repositories and to its services never reads these commits back.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+///
+/// use annals::{EventStore, MemoryStore, Tail};
+///
+/// let store: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(MemoryStore::new())).await?);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Tail {
     store: Arc<dyn EventStore>,
     recent: Mutex<Recent>,
@@ -106,6 +123,15 @@ impl Tail {
         let (last, committing) = (watch::Sender::new((history, head)), AtomicUsize::new(0));
         let (fetch, waits) = Default::default();
         Ok(Self { store, recent, fetch, waits, last, committing })
+    }
+
+    /// Returns the store itself if it is a tail, and otherwise a tail that follows the store.
+    pub(crate) async fn over(store: &Arc<dyn EventStore>) -> Result<Arc<dyn EventStore>, StoreError> {
+        let any: &dyn Any = &**store;
+        if any.is::<Self>() {
+            return Ok(store.clone());
+        }
+        Ok(Arc::new(Self::follow(store.clone()).await?))
     }
 
     /// Changes the events in memory, unless they belong to another history of the log.
@@ -312,5 +338,20 @@ struct Done<'a>(&'a AtomicUsize);
 impl Drop for Done<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+
+    #[tokio::test]
+    async fn no_tail_is_put_around_another_tail() {
+        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let tail = Tail::over(&store).await.unwrap();
+        assert!(!Arc::ptr_eq(&store, &tail));
+        assert!(Arc::ptr_eq(&tail, &Tail::over(&tail).await.unwrap()));
     }
 }
