@@ -91,8 +91,9 @@ impl Participant for Clerk {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let runner = Runner::new(store.clone(), plan(), LogQuery::categories([Trip::CATEGORY]), starts);
-    let desk = Service::new("desk", store.clone()).saga(runner.clone());
+    let runner = Runner::new(plan(), LogQuery::categories([Trip::CATEGORY]), starts);
+    let sagas = runner.on(store.clone());
+    let desk = Service::new("desk", store.clone()).saga(runner);
     let hotel = Service::new("hotel", store.clone()).participant(Clerk);
     let bank = Service::new("bank", store.clone()).participant(Clerk);
     let mut runtime = Runtime::new();
@@ -101,7 +102,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let trips = Repository::<Trip>::new(store.clone());
     for (id, pence) in [("to-york", 9_000), ("to-tokyo", 120_000)] {
         trips.execute(id, Trip { id: id.to_owned(), pence }, Uuid::new_v4()).await?;
-        let ended = runner.wait_for_end(id, Duration::from_secs(10)).await?;
+        let ended = sagas.wait_for_end(id, Duration::from_secs(10)).await?;
         let held = store.documents(&[DocumentKey::new("rooms", id)]).await?;
         let room = if held[0].is_some() { "a room" } else { "no room" };
         let why = ended.failure.map(|failure| format!(", because of {failure}")).unwrap_or_default();

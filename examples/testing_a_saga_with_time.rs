@@ -95,13 +95,14 @@ fn no_fault_leaves_a_room_held_for_a_guest_who_does_not_come() {
 async fn stay_that_no_hotel_answers_is_given_up_after_three_days() -> Result<(), Box<dyn Error>> {
     let clock = Clock::by_hand("2026-02-28T12:00:00Z".parse()?);
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::with_clock(clock.clone()));
-    let runner = Runner::new(store.clone(), plan(), LogQuery::categories([Stay::CATEGORY]), starts);
+    let runner = Runner::new(plan(), LogQuery::categories([Stay::CATEGORY]), starts);
     let mut runtime = Runtime::new();
-    let desk = Service::new("desk", store.clone()).saga(runner.clone());
+    let sagas = runner.on(store.clone());
+    let desk = Service::new("desk", store.clone()).saga(runner);
     runtime.start(vec![desk], Arc::new(LocalBus::default())).await?;
 
     let becomes = async |status: Status| {
-        while runner.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
+        while sagas.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         Ok::<(), Box<dyn Error>>(())

@@ -63,6 +63,6 @@ pub use progress::{
 };
 pub(crate) use request::SagaRequest;
 pub(crate) use runner::{Replies, Starter};
-pub use runner::{Runner, Starts};
+pub use runner::{Runner, Sagas, Starts};
 pub use step_command::StepCommand;
 pub use transition::{COMMANDS_BYTES_MAX, Input, Transition, begin, transition};

@@ -163,19 +163,19 @@ impl Service {
         self
     }
 
-    /// Runs the sagas of this runner's definition.
+    /// Runs the sagas of this runner's definition in the store of the service.
     pub fn saga<C: SagaState>(mut self, runner: Runner<C>) -> Self {
         let name = format!("{}.{}", self.name, runner.name());
         self.fault = self.fault.or_else(|| runner.fault().map(str::to_owned));
         self.routes.saga(&runner.category());
-        let starter =
-            Subscription::new(&format!("{name}.start"), Starter(runner.clone())).query(runner.query().clone());
+        let sagas = runner.on(self.store.clone());
+        let starter = Subscription::new(&format!("{name}.start"), Starter(sagas.clone())).query(runner.query().clone());
         self.starters.push(format!("{name}.start"));
         let of_saga = LogQuery::categories([runner.category()]);
         // The index has a linger time so that a saga that ends within this time is written to the index only once.
-        let index = Subscription::new(&format!("{name}.index"), runner.index()).query(of_saga).linger(INDEX_PAUSE);
+        let index = Subscription::new(&format!("{name}.index"), sagas.index()).query(of_saga).linger(INDEX_PAUSE);
         self.subscriptions.extend([starter, index]);
-        self.replies.push(Arc::new(runner.clone()));
+        self.replies.push(Arc::new(sagas.clone()));
         let service = self.name.clone();
         self.parts.push(Box::new(|ServiceContext { store, bus_is_local, health, shutdown, .. }| {
             // On a local bus, a message counts as sent only once the receiver has handled it. If timers waited for the
@@ -188,7 +188,7 @@ impl Service {
                     recovery::inbox_read(&*store, &service, &ends).await;
                 }
             };
-            Box::pin(runner.timers(relayed_by, inbox_read, health, shutdown))
+            Box::pin(sagas.timers(relayed_by, inbox_read, health, shutdown))
         }));
         self
     }

@@ -97,13 +97,14 @@
 //!
 //! let clock = Clock::by_hand("2026-02-28T12:00:00Z".parse()?);
 //! let store: Arc<dyn EventStore> = Arc::new(MemoryStore::with_clock(clock.clone()));
-//! let runner = Runner::new(store.clone(), plan, LogQuery::categories(["booking"]), starts);
+//! let runner = Runner::new(plan, LogQuery::categories(["booking"]), starts);
 //! let mut runtime = Runtime::new();
-//! let service = Service::new("desk", store.clone()).saga(runner.clone());
+//! let sagas = runner.on(store.clone());
+//! let service = Service::new("desk", store.clone()).saga(runner);
 //! runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
 //!
 //! let becomes = async |status: Status| {
-//!     while runner.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
+//!     while sagas.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
 //!         tokio::time::sleep(Duration::from_millis(5)).await;
 //!     }
 //!     Ok::<(), String>(())

@@ -33,7 +33,7 @@ pub fn services(store: &Arc<dyn EventStore>) -> Vec<Service> {
         Service::new("limits", store.clone()).participant(limit::Guard::new(store.clone())),
         Service::new("transfers", store.clone())
             .participant(transfer::Clerk::new(store.clone()))
-            .saga(transfer::runner(store.clone())),
+            .saga(transfer::runner()),
     ]
 }
 // ANCHOR_END: services

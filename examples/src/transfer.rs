@@ -188,9 +188,9 @@ pub fn with_limit(progress: &Progress) -> Progress {
 }
 
 /// Runs the sagas of transfers. Transfers under way move to the present plan, although no limit was reserved for them.
-pub fn runner(store: Arc<dyn EventStore>) -> Runner<TransferState> {
+pub fn runner() -> Runner<TransferState> {
     let requested = LogQuery::types(["transfer.requested"]);
-    Runner::new(store, plan(), requested, starts).migrate(plan_without_limit().hash(), with_limit)
+    Runner::new(plan(), requested, starts).migrate(plan_without_limit().hash(), with_limit)
 }
 // ANCHOR_END: earlier
 

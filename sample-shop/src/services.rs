@@ -20,19 +20,19 @@ use crate::{
 pub fn order_service(store: Arc<dyn EventStore>, repositories: Repositories) -> Service {
     let booked = [Order::CATEGORY, Return::CATEGORY, Supply::CATEGORY];
     let bookkeeper = Bookkeeper::new("order", &booked, store.clone());
-    Service::new("order", store.clone())
+    Service::new("order", store)
         .publish(&[Order::CATEGORY, Return::CATEGORY])
         .participant(OrderParticipant::new(repositories, bookkeeper))
-        .saga(Runner::new(store.clone(), checkout(), Checkout::query(), Checkout::starts))
-        .saga(Runner::new(store, returning(), Returning::query(), Returning::starts))
+        .saga(Runner::new(checkout(), Checkout::query(), Checkout::starts))
+        .saga(Runner::new(returning(), Returning::query(), Returning::starts))
 }
 
 /// Returns the order service for services that do not share a store. This service also runs the sagas of supplies and
 /// closings, which reach the inventory and payment services over the bus.
 pub fn order_service_with_office(store: Arc<dyn EventStore>, repositories: Repositories) -> Service {
-    order_service(store.clone(), repositories)
-        .saga(Runner::new(store.clone(), supplying(), Supplying::query(), Supplying::starts))
-        .saga(Runner::new(store, counting(), Counting::query(), Counting::starts))
+    order_service(store, repositories)
+        .saga(Runner::new(supplying(), Supplying::query(), Supplying::starts))
+        .saga(Runner::new(counting(), Counting::query(), Counting::starts))
 }
 
 /// Returns the inventory service. A single member handles all commands, because the orders share SKUs.

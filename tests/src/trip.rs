@@ -10,7 +10,7 @@ use annals::{
     Answer, Bus, DocumentKey, Event, EventStore, HandlerError, LocalBus, LogQuery, Message, Metadata, Operator,
     Participant, Recorded, Repository, Runtime, Saga, SagaState, Service, StepError, StreamId, TraceContext, Version,
     Work,
-    saga::{OperatorAction, Outcome, Runner, SagaEvent, SagaStatus, Status, StepRequest},
+    saga::{OperatorAction, Outcome, Runner, SagaEvent, SagaStatus, Sagas, Status, StepRequest},
 };
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -232,15 +232,20 @@ impl World {
         Self { store, bus: Arc::new(LocalBus::default()), script: Script::default(), plan }
     }
 
-    /// Returns the saga's runner on this store.
-    pub fn runner(&self, store: &Arc<dyn EventStore>) -> Runner<Trip> {
-        Runner::new(store.clone(), self.plan.clone(), tallies(), starts)
+    /// Returns the saga's runner.
+    pub fn runner(&self) -> Runner<Trip> {
+        Runner::new(self.plan.clone(), tallies(), starts)
+    }
+
+    /// Returns the sagas in the world's own store.
+    pub fn sagas(&self) -> Sagas<Trip> {
+        self.runner().on(self.store.clone())
     }
 
     /// Returns a service on this store. The service `shop` runs the saga.
     pub fn service(&self, name: &str, store: &Arc<dyn EventStore>) -> Service {
         let service = Service::new(name, store.clone()).participant(Clerk(self.script.clone()));
-        if name == "shop" { service.saga(self.runner(store)) } else { service }
+        if name == "shop" { service.saga(self.runner()) } else { service }
     }
 
     /// Starts a process with these services, on the world's own store.

@@ -148,7 +148,7 @@ async fn duplicate_names_of_services_and_sagas_are_refused_at_the_start() {
         matches!(&error, StartError::Name(NameError::Taken { first: "service", name, .. }) if name == "order"),
         "{error}"
     );
-    let runner = || Runner::new(store.clone(), plan("checkout"), tallies(), starts);
+    let runner = || Runner::new(plan("checkout"), tallies(), starts);
     let error = refused(&store, vec![service("a").saga(runner()), service("b").saga(runner())]).await;
     assert!(
         matches!(&error, StartError::Name(NameError::Taken { first: "saga", name, .. }) if name == "checkout"),
@@ -167,7 +167,7 @@ async fn duplicate_names_of_services_and_sagas_are_refused_at_the_start() {
 async fn step_to_an_impossible_service_fails_with_its_name() {
     let store = store();
     let plan = Saga::named("lost").pivot("confirm", |trip: &Trip| ask("the desk", "confirm", trip)).attempts(1).build();
-    let runner = Runner::new(store.clone(), plan, tallies(), starts);
+    let runner = Runner::new(plan, tallies(), starts);
     let mut runtime = Runtime::new();
     runtime.start(vec![Service::new("desk", store.clone()).saga(runner)], Arc::new(LocalBus::default())).await.unwrap();
     add(&store, "a", [1]).await;

@@ -51,8 +51,8 @@ fn services(world: &World, store: &Arc<dyn EventStore>, runner: Runner<Trip>, na
     names.iter().map(service).collect()
 }
 
-fn runner(store: &Arc<dyn EventStore>, plan: Plan) -> Runner<Trip> {
-    Runner::new(store.clone(), plan, tallies(), starts)
+fn runner(plan: Plan) -> Runner<Trip> {
+    Runner::new(plan, tallies(), starts)
 }
 
 async fn start(world: &World, runner: Runner<Trip>, names: &[&str]) -> Runtime {
@@ -65,8 +65,8 @@ async fn start(world: &World, runner: Runner<Trip>, names: &[&str]) -> Runtime {
 /// messages to the bank.
 async fn waits_at_charge(store: Arc<dyn EventStore>, old: fn() -> Plan) -> World {
     let world = World::new(store, old());
-    start(&world, runner(&world.store, old()), &["bank"]).await.drain(DRAIN).await.unwrap();
-    let runtime = start(&world, runner(&world.store, old()), &["shop", "hotel"]).await;
+    start(&world, runner(old()), &["bank"]).await.drain(DRAIN).await.unwrap();
+    let runtime = start(&world, runner(old()), &["shop", "hotel"]).await;
     world.request("a", Uuid::new_v4(), None).await;
     eventually("the saga waits at charge", async || world.status("a").await.filter(|status| status.step == "charge"))
         .await;
@@ -125,7 +125,7 @@ async fn migration_adds_removes_and_moves_unrequested_steps() {
                 if refused && !ledger.is_empty() {
                     world.script.play("confirm", Play::Refuse, 1);
                 }
-                let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
+                let runtime = start(&world, runner(plan()).migrate(first().hash(), migrate), &ALL).await;
                 if ledger.is_empty() {
                     // The booking was requested and done. A saga that moved to a plan without the booking could never
                     // compensate it.
@@ -213,11 +213,11 @@ async fn wrong_migration_is_refused_for_that_saga_alone() {
     ];
     for (plan, migrate, why) in cases {
         let world = waits_at_charge(Arc::new(MemoryStore::new()), first).await;
-        let runtime = start(&world, runner(&world.store, plan()).migrate(first().hash(), migrate), &ALL).await;
+        let runtime = start(&world, runner(plan()).migrate(first().hash(), migrate), &ALL).await;
         let error = refusal(&world, "a", runtime).await;
         assert!(error.contains(why), "{error}");
         // The repaired build keeps the old plan for the saga, and handles the waiting messages at once.
-        let runtime = start(&world, runner(&world.store, plan()).older(first()), &ALL).await;
+        let runtime = start(&world, runner(plan()).older(first()), &ALL).await;
         world.becomes("a", Status::Completed).await;
         assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"], "{why}");
         assert_eq!(documents(&world.store, "parked.shop.commands").await, [], "{why}");
@@ -238,7 +238,7 @@ async fn unused_plan_is_refused_at_the_start() {
             .build()
     }
     let world = World::new(Arc::new(MemoryStore::new()), first());
-    let runner = || runner(&world.store, other());
+    let runner = || runner(other());
     let wrong = [
         runner().older(first()),
         runner().migrate(first().hash(), Progress::clone),
@@ -283,8 +283,8 @@ async fn rolling_forward_and_back_strands_no_saga() {
             runtime.start(services(&world, store, runner, &ALL), Arc::new(LocalBus::default())).await.unwrap();
             runtime
         };
-        let old_build = || runner(&stores[0], first());
-        let new_build = || runner(&stores[1], second()).older(first());
+        let old_build = || runner(first());
+        let new_build = || runner(second()).older(first());
         let request = async |from: usize| {
             for id in from..from + 20 {
                 world.request(&id.to_string(), Uuid::new_v4(), None).await;
@@ -331,14 +331,14 @@ async fn saga_of_an_unknown_plan_waits_visibly_for_a_build_with_it() {
         plan!(Duration::from_millis(200), 1_000; "book" @ "hotel", "charge" @ "bank"; "announce" @ "hotel", "thank" @ "hotel")
     }
     let world = waits_at_charge(Arc::new(MemoryStore::new()), quick).await;
-    let runtime = start(&world, runner(&world.store, first()), &ALL).await;
+    let runtime = start(&world, runner(first()), &ALL).await;
     let waits = async || world.status("a").await?.last_error.filter(|error| error.contains("waits for a build"));
     eventually("the status shows that the saga waits", waits).await;
     let letters = DeadLetters::new(world.store.clone()).list("shop.commands").await.unwrap();
     assert!(letters[0].parked.reason.starts_with("waits for a newer build"), "{}", letters[0].parked.reason);
     assert!(letters[0].parked.awaits_build && letters[0].retries_at.is_some());
     runtime.drain(DRAIN).await.unwrap();
-    let runtime = start(&world, runner(&world.store, quick()), &ALL).await;
+    let runtime = start(&world, runner(quick()), &ALL).await;
     world.becomes("a", Status::Completed).await;
     assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce", "thank"]);
     assert_eq!(documents(&world.store, "parked.shop.commands").await, []);
@@ -355,7 +355,7 @@ async fn reply_parked_by_an_older_build_is_handled_by_a_newer_build_at_once() {
     let world = waits_at_charge(Arc::new(MemoryStore::new()), newer).await;
     let build = async |instance: &str, plan: Plan, bus: Arc<LocalBus>, names: &[&str]| {
         let mut runtime = Runtime::shared(instance);
-        let services = services(&world, &world.store, runner(&world.store, plan), names);
+        let services = services(&world, &world.store, runner(plan), names);
         runtime.start(services, bus).await.unwrap();
         runtime
     };
@@ -474,12 +474,12 @@ async fn command_of_the_next_build_runs_after_its_deployment() {
             .build()
     }
     let world = World::new(Arc::new(MemoryStore::new()), plan());
-    let runtime = start(&world, runner(&world.store, plan()), &ALL).await;
+    let runtime = start(&world, runner(plan()), &ALL).await;
     world.request("a", Uuid::new_v4(), None).await;
     let status = world.becomes("a", Status::Stuck).await;
     assert!(status.last_error.unwrap().contains("deploy a build of bank that knows it"));
     runtime.drain(DRAIN).await.unwrap();
-    let mut services = services(&world, &world.store, runner(&world.store, plan()), &["shop", "hotel"]);
+    let mut services = services(&world, &world.store, runner(plan()), &["shop", "hotel"]);
     services.push(Service::new("bank", world.store.clone()).participant(NewBank));
     let mut runtime = Runtime::new();
     runtime.start(services, world.bus.clone()).await.unwrap();

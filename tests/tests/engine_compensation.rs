@@ -246,7 +246,7 @@ fn hoarder() -> Saga<Hoard> {
 async fn fault_in_the_saga_code_is_a_failed_step() {
     on_every_store(async |store_name, store| {
         let world = World::new(store.clone(), trip(PATIENT, 2));
-        let runner = Runner::new(store.clone(), hoarder(), tallies(), Hoard::starts);
+        let runner = Runner::new(hoarder(), tallies(), Hoard::starts);
         let services = ALL.map(|name| {
             let service = Service::new(name, store.clone()).participant(Clerk(world.script.clone()));
             if name == "shop" { service.saga(runner.clone()) } else { service }

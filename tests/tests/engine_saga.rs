@@ -43,7 +43,7 @@ async fn saga_runs_to_completion() {
         assert_eq!((status.last_error, status.ended_at.is_some()), (None, true));
         assert_eq!(world.ledger(&trip.to_string()).await, ["book", "charge", "confirm", "announce"]);
     }
-    let known = world.runner(&world.store).saga("7").await.unwrap().unwrap();
+    let known = world.sagas().saga("7").await.unwrap().unwrap();
     assert_eq!(known.context().unwrap().heard, ["book done", "charge done", "confirm done", "announce done"]);
     no_message_is_parked(&world).await;
     runtime.drain(DRAIN).await.unwrap();
@@ -74,8 +74,8 @@ async fn caller_waits_for_the_end_of_a_saga() {
     let stores: [Arc<dyn EventStore>; 2] = [Arc::new(MemoryStore::new()), Arc::new(sqlite.clone())];
     for store in stores {
         let world = World::new(store, trip(PATIENT, 1));
-        let runner = world.runner(&world.store);
-        let late = runner.wait_for_end("a", QUICK).await.unwrap_err().to_string();
+        let sagas = world.sagas();
+        let late = sagas.wait_for_end("a", QUICK).await.unwrap_err().to_string();
         assert!(late.contains("saga.trip-a") && late.contains("it has not started"), "{late}");
         world.script.play("confirm", Play::Refuse, 1);
         // The bus holds the messages to the bank, because the bank has been there before.
@@ -84,11 +84,11 @@ async fn caller_waits_for_the_end_of_a_saga() {
         world.request("a", Uuid::new_v4(), None).await;
         world.script.asked_for("book", 1).await;
         // The bank does not run yet.
-        let late = runner.wait_for_end("a", QUICK).await.unwrap_err().to_string();
+        let late = sagas.wait_for_end("a", QUICK).await.unwrap_err().to_string();
         assert!(late.contains("it is Running at step"), "{late}");
         let waiting = tokio::spawn({
-            let runner = runner.clone();
-            async move { runner.wait_for_end("a", PATIENT).await }
+            let sagas = sagas.clone();
+            async move { sagas.wait_for_end("a", PATIENT).await }
         });
         let bank = world.start(&["bank"]).await;
         let ended = waiting.await.unwrap().unwrap();
@@ -97,7 +97,7 @@ async fn caller_waits_for_the_end_of_a_saga() {
         let stream = annals::StreamId::new("saga.trip", "b").unwrap();
         assert_eq!(wait_for_end(&*world.store, &stream, PATIENT).await.unwrap().status, Status::Completed);
         // The end of a saga is found at once, no matter how long ago the saga ended.
-        assert_eq!(runner.wait_for_end("a", Duration::ZERO).await.unwrap().status, Status::Compensated);
+        assert_eq!(sagas.wait_for_end("a", Duration::ZERO).await.unwrap().status, Status::Compensated);
         runtime.drain(DRAIN).await.unwrap();
         bank.drain(DRAIN).await.unwrap();
     }

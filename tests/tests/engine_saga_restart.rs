@@ -151,7 +151,7 @@ const NEW: [&str; 5] = ["book", "charge", "confirm", "announce", "thank"];
 #[tokio::test]
 async fn running_saga_keeps_its_older_plan() {
     let world = waiting_trip().await;
-    let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
+    let runtime = start(&world, world.runner().older(first_plan())).await;
     world.request("new", Uuid::new_v4(), None).await;
     assert_eq!(world.becomes("old", Status::Completed).await.definition_hash, first_plan().hash());
     assert_eq!(world.becomes("new", Status::Completed).await.definition_hash, second_plan().hash());
@@ -165,7 +165,7 @@ async fn running_saga_keeps_its_older_plan() {
 #[tokio::test]
 async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
     let world = waiting_trip().await;
-    let runtime = start(&world, world.runner(&world.store)).await;
+    let runtime = start(&world, world.runner()).await;
     world.request("new", Uuid::new_v4(), None).await;
     world.becomes("new", Status::Completed).await;
     let letters = DeadLetters::new(world.store.clone());
@@ -181,7 +181,7 @@ async fn reply_to_a_saga_of_an_unknown_plan_waits_for_it() {
     assert!(!health.contains("Failed"), "{health}");
     drop(runtime);
     let world = World { bus: Arc::default(), ..world };
-    let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
+    let runtime = start(&world, world.runner().older(first_plan())).await;
     // This build knows the plan, so the reply is handled without a redrive by an operator.
     world.becomes("old", Status::Completed).await;
     assert_eq!(world.ledger("old").await, OLD);
@@ -196,14 +196,14 @@ async fn replies_to_a_removed_saga_are_kept() {
     drop(bank);
     // This build does not define the saga; its shop is only a participant.
     let other = Saga::named("tour").retriable("announce", |trip: &Trip| ask("hotel", "announce", trip)).build();
-    let runner = Runner::new(world.store.clone(), other, annals::LogQuery::categories(["nothing"]), starts);
+    let runner = Runner::new(other, annals::LogQuery::categories(["nothing"]), starts);
     let runtime = start(&world, runner).await;
     let letters = DeadLetters::new(world.store.clone());
     let letter = eventually("the reply is parked", async || letters.list("shop.commands").await.unwrap().pop()).await;
     assert!(letter.parked.reason.contains("does not run saga.trip"), "{}", letter.parked.reason);
     drop(runtime);
     let world = World { bus: Arc::default(), ..world };
-    let runtime = start(&world, world.runner(&world.store).older(first_plan())).await;
+    let runtime = start(&world, world.runner().older(first_plan())).await;
     Operator::new(world.store.clone(), "ann").redrive("shop.commands", "saga.trip-old", "a test").await.unwrap();
     world.becomes("old", Status::Completed).await;
     runtime.drain(DRAIN).await.unwrap();
@@ -216,7 +216,7 @@ async fn migrated_saga_continues_under_the_new_plan() {
         progress.clone()
     }
     let world = waiting_trip().await;
-    let runner = world.runner(&world.store).migrate(first_plan().hash(), same_place);
+    let runner = world.runner().migrate(first_plan().hash(), same_place);
     let runtime = start(&world, runner).await;
     let status = world.becomes("old", Status::Completed).await;
     assert_eq!(status.definition_hash, second_plan().hash());
@@ -244,7 +244,7 @@ async fn timers_of_unknown_plans_block_no_other() {
         .attempts(2)
         .build();
     let world = World { bus: Arc::default(), plan, script: old.script.clone(), store: old.store.clone() };
-    let runner = Runner::new(world.store.clone(), world.plan.clone(), tallies(), starts);
+    let runner = Runner::new(world.plan.clone(), tallies(), starts);
     let mut runtime = Runtime::new();
     let shop = Service::new("shop", world.store.clone()).participant(Clerk(world.script.clone())).saga(runner);
     runtime.start(vec![shop], world.bus.clone()).await.unwrap();

@@ -218,7 +218,7 @@ impl Shop {
 
     async fn start(&self, build: Build, instance: &str) -> Runtime {
         let store: Arc<dyn EventStore> = Arc::new(self.schema.store().await);
-        let runner = |plan| Runner::new(store.clone(), plan, tallies(), starts);
+        let runner = |plan| Runner::new(plan, tallies(), starts);
         let script = self.world.script.clone();
         let old = || {
             let sums = Projection::new(OldSums, tallies());

@@ -437,7 +437,7 @@ async fn step_for_a_service_without_a_participant_is_a_dead_letter() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let plan =
         Saga::named("lonely").pivot("confirm", |trip: &Trip| ask("desk", "confirm", trip)).timeout(QUICK).build();
-    let runner = annals::saga::Runner::new(store.clone(), plan, tallies(), starts);
+    let runner = annals::saga::Runner::new(plan, tallies(), starts);
     let mut runtime = Runtime::new();
     let service = Service::new("desk", store.clone()).saga(runner);
     runtime.start(vec![service], Arc::new(LocalBus::default())).await.unwrap();

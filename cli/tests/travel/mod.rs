@@ -129,7 +129,7 @@ pub async fn agency(store: &Arc<dyn EventStore>, repaired: bool) -> Runtime {
 }
 
 pub async fn agency_on(store: &Arc<dyn EventStore>, repaired: bool, bus: Arc<dyn Bus>) -> Runtime {
-    let runner = Runner::new(store.clone(), journey(), LogQuery::types(["trip.ordered"]), starts);
+    let runner = Runner::new(journey(), LogQuery::types(["trip.ordered"]), starts);
     let brochure = Subscription::new("brochure", Brochure { repaired }).query(LogQuery::categories(["trip"]));
     let service = Service::new("agency", store.clone())
         .publish(&["trip"])

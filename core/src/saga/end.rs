@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::{
     definition::SagaState,
     progress::{Progress, SagaEvent},
-    runner::Runner,
+    runner::Sagas,
 };
 use crate::{
     event::{StreamId, Version},
@@ -63,7 +63,7 @@ pub async fn wait_for_end(store: &dyn EventStore, saga: &StreamId, limit: Durati
     }
 }
 
-impl<C: SagaState> Runner<C> {
+impl<C: SagaState> Sagas<C> {
     /// Waits until the saga with this id has ended, and returns its final progress; see [`wait_for_end`].
     ///
     /// # Errors

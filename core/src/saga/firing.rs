@@ -20,7 +20,7 @@ use super::{
     instance::SagaInput,
     progress::{SagaEvent, Status},
     request::SagaRequest,
-    runner::Runner,
+    runner::Sagas,
 };
 use crate::{
     base::{backoff::Backoff, panic::caught},
@@ -80,7 +80,7 @@ struct Due {
 /// The stream of a saga to wake, and the metadata of the request to which the saga belongs.
 type Origin = (StreamId, Metadata);
 
-impl<C: SagaState> Runner<C> {
+impl<C: SagaState> Sagas<C> {
     /// Waits for `begin`, and then passes due timers and requests to their sagas until `shutdown` is cancelled.
     /// `relayed_by` names the service whose relay publishes the commands. If `relayed_by` is given, a timer does not fire
     /// before the bus has accepted the commands to which the saga awaits a reply.
@@ -91,7 +91,7 @@ impl<C: SagaState> Runner<C> {
         health: Health,
         shutdown: CancellationToken,
     ) -> Result<(), String> {
-        let part = format!("{}.timers", self.name());
+        let part = format!("{}.timers", self.runner.name());
         let mut reporter = health.reporter(&part, &shutdown);
         let mut backoff = Backoff::long();
         let mut tick = interval(TIMER_TICK);
@@ -149,7 +149,7 @@ impl<C: SagaState> Runner<C> {
     /// Returns a message that says why an operator is needed. The message names stuck sagas and services that do not
     /// answer.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
-        let collection = format!("{STUCK}{}", self.category());
+        let collection = format!("{STUCK}{}", self.runner.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
         let named: Vec<_> = stuck.iter().take(STUCK_NAMED_MAX).map(|document| &*document.key.id).collect();
         let count = if stuck.len() < STUCK_MAX { stuck.len().to_string() } else { format!("{STUCK_MAX} or more") };
@@ -157,7 +157,7 @@ impl<C: SagaState> Runner<C> {
             let named = named.join(", ");
             format!(
                 "{count} {} sagas are stuck, such as {named}: retry, skip the step, compensate or abandon them",
-                self.name()
+                self.runner.name()
             )
         });
         let all: Vec<_> = stuck.into_iter().chain(self.timers.silence()).collect();
@@ -175,7 +175,7 @@ impl<C: SagaState> Runner<C> {
         let is_due = |document: &Document| document.due.is_some_and(|due| due <= now);
         let mut due = Due::default();
         if !known.is_empty() {
-            let category = self.category();
+            let category = self.runner.category();
             let keys: Vec<_> = known.iter().map(|(_, id)| DocumentKey::new(&*category, id.clone())).collect();
             for ((time, id), found) in known.into_iter().zip(self.store.documents(&keys).await?) {
                 match found {
@@ -192,7 +192,7 @@ impl<C: SagaState> Runner<C> {
             // Queries two intervals ahead, so that a timer fires on time even if another process set it, or if this
             // process set it long ago and no longer remembers it.
             let soon = Scan::Due(now + 2 * TIMER_LOOK);
-            let mut soon = self.store.scan(&self.category(), &soon, DUE_PAGE).await?;
+            let mut soon = self.store.scan(&self.runner.category(), &soon, DUE_PAGE).await?;
             let later = soon.split_off(soon.iter().take_while(|document| is_due(document)).count());
             self.timers.look_again_at(later.first().and_then(|document| document.due));
             due.more = soon.len() == DUE_PAGE;
@@ -216,7 +216,7 @@ impl<C: SagaState> Runner<C> {
     async fn known(&self, due: Vec<Document>, now: DateTime<Utc>) -> Vec<Document> {
         let is_known = |document: &Document| {
             let status = serde_json::from_str::<SagaStatus>(&document.body);
-            status.is_ok_and(|status| self.definitions.knows(&status.definition_hash))
+            status.is_ok_and(|status| self.runner.definitions.knows(&status.definition_hash))
         };
         let (known, unknown): (Vec<_>, Vec<_>) = due.into_iter().partition(is_known);
         let crowd = unknown.len() > DUE_PAGE / 2;

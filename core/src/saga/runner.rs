@@ -83,28 +83,24 @@ pub type Starts<C> = fn(&Message) -> Result<Option<(String, C)>, HandlerError>;
 ///
 /// let plan = Saga::named("trip").retriable("hold room", |_: &Trip| StepRequest::to("travel", &HotelCommand::Hold {})).build();
 /// let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-/// let trips = Runner::new(store.clone(), plan, LogQuery::categories(["counter"]), starts);
-/// let service = Service::new("travel", store.clone()).saga(trips.clone()).participant(Hotel);
+/// let runner = Runner::new(plan, LogQuery::categories(["counter"]), starts);
+/// let trips = runner.on(store.clone());
+/// let service = Service::new("travel", store.clone()).saga(runner).participant(Hotel);
 /// let mut runtime = Runtime::new();
 /// runtime.start(vec![service], Arc::new(LocalBus::default())).await?;
 ///
 /// # let counters = annals::Repository::<Counter>::new(store);
 /// counters.execute("7", 1, uuid::Uuid::new_v4()).await?;
-/// let status = async || trips.saga("7").await.map(|saga| saga.and_then(|saga| saga.progress).map(|found| found.status));
-/// while status().await? != Some(Status::Completed) {
-///     tokio::time::sleep(Duration::from_millis(5)).await;
-/// }
+/// let ended = trips.wait_for_end("7", Duration::from_secs(5)).await?;
+/// assert_eq!(ended.status, Status::Completed);
 /// runtime.drain(Duration::from_secs(5)).await?;
 /// # Ok(())
 /// # }
 /// ```
 pub struct Runner<C: SagaState> {
     pub(super) definitions: Arc<Definitions<C>>,
-    pub(super) instances: Repository<SagaInstance<C>>,
-    pub(super) store: Arc<dyn EventStore>,
     starts: Starts<C>,
     query: LogQuery,
-    pub(super) timers: Timers,
     fault: Option<String>,
 }
 
@@ -114,11 +110,8 @@ impl<C: SagaState> Clone for Runner<C> {
     fn clone(&self) -> Self {
         Self {
             definitions: self.definitions.clone(),
-            instances: self.instances.clone(),
-            store: self.store.clone(),
             starts: self.starts,
             query: self.query.clone(),
-            timers: self.timers.clone(),
             fault: self.fault.clone(),
         }
     }
@@ -127,11 +120,17 @@ impl<C: SagaState> Clone for Runner<C> {
 impl<C: SagaState> Runner<C> {
     /// Creates a runner for `saga`. An event that matches `query` starts a saga if `starts` returns an id for the
     /// event.
-    pub fn new(store: Arc<dyn EventStore>, saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
-        let instances = Repository::of_framework(store.clone(), &saga.category(), CACHED_AGGREGATES);
+    ///
+    /// The sagas live in the store of the service that the runner is added to.
+    pub fn new(saga: Saga<C>, query: LogQuery, starts: Starts<C>) -> Self {
         let definitions = Definitions { current: Arc::new(saga), older: HashMap::new(), migrations: HashMap::new() };
-        let (definitions, timers) = (Arc::new(definitions), Timers::default());
-        Self { definitions, instances, store, starts, query, timers, fault: None }
+        Self { definitions: Arc::new(definitions), starts, query, fault: None }
+    }
+
+    /// Returns the sagas in this store, so that code outside of the service can look at them.
+    pub fn on(&self, store: Arc<dyn EventStore>) -> Sagas<C> {
+        let instances = Repository::of_framework(store.clone(), &self.category(), CACHED_AGGREGATES);
+        Sagas { runner: self.clone(), instances, store, timers: Timers::default() }
     }
 
     fn with(mut self, change: impl FnOnce(&mut Definitions<C>)) -> Self {
@@ -199,7 +198,32 @@ impl<C: SagaState> Runner<C> {
     pub(crate) fn query(&self) -> &LogQuery {
         &self.query
     }
+}
 
+/// The sagas of one [`Runner`] in one store.
+///
+/// A service runs the sagas in its own store. [`Runner::on`] returns a handle that looks at the sagas of a store.
+pub struct Sagas<C: SagaState> {
+    pub(super) runner: Runner<C>,
+    pub(super) instances: Repository<SagaInstance<C>>,
+    pub(super) store: Arc<dyn EventStore>,
+    pub(super) timers: Timers,
+}
+
+debug_fields!([C: SagaState] Sagas<C> { runner });
+
+impl<C: SagaState> Clone for Sagas<C> {
+    fn clone(&self) -> Self {
+        Self {
+            runner: self.runner.clone(),
+            instances: self.instances.clone(),
+            store: self.store.clone(),
+            timers: self.timers.clone(),
+        }
+    }
+}
+
+impl<C: SagaState> Sagas<C> {
     /// Returns the index of these sagas.
     pub(crate) fn index(&self) -> Index {
         Index::telling(self.timers.clone())
@@ -212,9 +236,9 @@ impl<C: SagaState> Runner<C> {
     }
 
     pub(super) fn ask(&self, id: &str, what: SagaInput<C>) -> SagaCommand<C> {
-        let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.category()), id);
+        let saga_id = named_id(named_id(Uuid::NAMESPACE_OID, &self.runner.category()), id);
         SagaCommand {
-            definitions: self.definitions.clone(),
+            definitions: self.runner.definitions.clone(),
             saga_id,
             now: self.store.clock().now().timestamp_millis(),
             what,
@@ -222,7 +246,7 @@ impl<C: SagaState> Runner<C> {
     }
 
     async fn start(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
-        if let Some((id, context)) = (self.starts)(message)? {
+        if let Some((id, context)) = (self.runner.starts)(message)? {
             work.create(&self.instances, &id, &self.ask(&id, SagaInput::Begin(context))).await?;
         }
         Ok(())
@@ -261,7 +285,7 @@ impl<C: SagaState> Runner<C> {
 }
 
 /// Starts sagas from the log.
-pub(crate) struct Starter<C: SagaState>(pub Runner<C>);
+pub(crate) struct Starter<C: SagaState>(pub Sagas<C>);
 
 #[async_trait]
 impl<C: SagaState> Handler for Starter<C> {
@@ -284,9 +308,9 @@ pub(crate) trait Replies: Send + Sync {
 }
 
 #[async_trait]
-impl<C: SagaState> Replies for Runner<C> {
+impl<C: SagaState> Replies for Sagas<C> {
     fn category(&self) -> String {
-        Runner::category(self)
+        self.runner.category()
     }
 
     async fn reply(
@@ -296,6 +320,6 @@ impl<C: SagaState> Replies for Runner<C> {
         not_stored: Option<&str>,
         work: &mut Work,
     ) -> Result<(), HandlerError> {
-        Runner::reply(self, saga_id, message, not_stored, work).await
+        Sagas::reply(self, saga_id, message, not_stored, work).await
     }
 }

@@ -122,13 +122,14 @@ async fn leave_a_transfer_under_way(store: &Arc<dyn EventStore>) -> Outcome {
         accounts.execute(account, vec![opened, deposited], Uuid::new_v4()).await?;
     }
     let requested = LogQuery::types(["transfer.requested"]);
-    let runner = Runner::new(store.clone(), last_years_plan(), requested, last_years_start);
+    let runner = Runner::new(last_years_plan(), requested, last_years_start);
     let mut runtime = Runtime::new();
-    let transfers = Service::new("transfers", store.clone()).saga(runner.clone());
+    let sagas = runner.on(store.clone());
+    let transfers = Service::new("transfers", store.clone()).saga(runner);
     runtime.start(vec![transfers], Arc::new(LocalBus::default())).await?;
     let requested = LastYearsTransfer::Requested { from: "a".to_owned(), to: "b".to_owned(), pence: 250 };
     Repository::<TransferLog>::new(store.clone()).execute("old", requested, Uuid::new_v4()).await?;
-    while runner.saga("old").await?.is_none() {
+    while sagas.saga("old").await?.is_none() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     Ok(runtime.drain(Duration::from_secs(10)).await?)
