@@ -50,7 +50,7 @@ pub use end::wait_for_end;
 pub use glimpse::{CurrentStep, Glimpse};
 pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
-pub(crate) use instance::{Definitions, SagaCommand, SagaInput};
+pub(crate) use instance::{Definitions, SagaCommand, SagaInput, go_on};
 pub use instance::{SagaInstance, SagaRefusal};
 pub(crate) use owed::{Debtor, settle};
 pub use owed::{Owed, StepKey};
@@ -58,8 +58,8 @@ pub(crate) use participant::StepHandler;
 pub use participant::{ANSWER_BYTES_MAX, Answer, Participant, StepError};
 pub use path::Path;
 pub use progress::{
-    CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent, Status,
-    StepRef, StepRefError,
+    BY_ITSELF, CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent,
+    Status, StepRef, StepRefError,
 };
 pub(crate) use request::SagaRequest;
 pub(crate) use runner::{Replies, Starter};

@@ -1,17 +1,22 @@
 //! Tests sagas over several services from start to end. The sagas are completed, compensated, retried or stuck.
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use annals::{
-    EventStore, MemoryStore, Operator, Saga, StreamId,
+    Event, EventStore, MemoryStore, Message, Metadata, Operator, Position, Publisher, Saga, StreamId, Version,
+    bus::Outgoing,
     operator::OperatorError,
-    saga::{OperatorAction, SagaEvent, Status, wait_for_end},
+    saga::{BY_ITSELF, OperatorAction, Outcome, Reply, SagaEvent, Status, StepEvent, StepRef, wait_for_end},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
-    tally::{documents, eventually},
-    trip::{Play, World, ask, take_back, trip},
+    tally::{becomes_fine, documents, eventually},
+    trip::{Play, Trip, World, ask, take_back, trip},
 };
 use uuid::Uuid;
 
@@ -254,6 +259,137 @@ async fn failing_undo_makes_the_saga_visibly_stuck() {
     let operator = Operator::new(world.store.clone(), "ann");
     let again = operator.ask(&StreamId::from_stored("saga.trip-a"), OperatorAction::Retry, "again").await;
     assert!(matches!(again, Err(OperatorError::Illegal(_))), "{again:?}");
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+/// A plan in which the pivot waits for the bank, which is silent.
+fn silent_pivot() -> Saga<Trip> {
+    Saga::named("trip")
+        .compensatable("book", |trip| ask("hotel", "book", trip))
+        .undo(|trip| take_back("hotel", "book", trip))
+        .timeout(PATIENT)
+        .pivot("confirm", |trip| ask("bank", "confirm", trip))
+        .timeout(Duration::from_millis(50))
+        .attempts(2)
+        .retriable("announce", |trip| ask("hotel", "announce", trip))
+        .timeout(PATIENT)
+        .build()
+}
+
+/// A plan in which an undo waits for the bank, which is silent.
+fn silent_undo() -> Saga<Trip> {
+    Saga::named("trip")
+        .compensatable("book", |trip| ask("hotel", "book", trip))
+        .undo(|trip| take_back("bank", "book", trip))
+        .timeout(Duration::from_millis(500))
+        .attempts(2)
+        .pivot("confirm", |trip| ask("hotel", "confirm", trip))
+        .timeout(PATIENT)
+        .build()
+}
+
+/// Sends an answer to the saga as the relay of the bank would.
+async fn answer_late(world: &World, at: StepRef, outcome: Outcome) {
+    let saga = "saga.trip-a";
+    let reply = Reply { at, call: 0, attempt: 2, outcome };
+    let replied = StepEvent::Replied { saga: saga.into(), reply_to: "shop".into(), reply };
+    let message = Message {
+        id: Uuid::new_v4(),
+        type_name: replied.type_name().into(),
+        schema_version: replied.schema_version(),
+        source: "bank".into(),
+        subject: format!("step.bank-{saga}").into(),
+        key: saga.into(),
+        data: replied.encode().unwrap().into(),
+        metadata: Metadata::of_request(Uuid::new_v4()),
+        time: chrono::Utc::now(),
+        position: Position(1),
+        version: Version(1),
+        lane: None,
+        extensions: BTreeMap::new(),
+    };
+    let receipt = world.bus.publish(vec![Outgoing { topic: "shop.commands".into(), message }]).await.unwrap();
+    receipt.await.unwrap();
+}
+
+#[tokio::test]
+async fn late_answer_frees_a_stuck_saga() {
+    type Case = (fn() -> Saga<Trip>, StepRef, Outcome, Status, &'static [&'static str]);
+    let done = || Outcome::Done(serde_json::Value::Null);
+    let cases: [Case; 3] = [
+        (silent_pivot, StepRef::Forward(1), done(), Status::Completed, &["book", "announce"]),
+        (silent_pivot, StepRef::Forward(1), Outcome::Refused("no".into()), Status::Compensated, &["book", "undo book"]),
+        (silent_undo, StepRef::Undo(0), done(), Status::Compensated, &["book"]),
+    ];
+    for (number, (plan, at, outcome, end, ledger)) in cases.into_iter().enumerate() {
+        let world = World::new(Arc::new(MemoryStore::new()), plan());
+        let runtime = world.start(&["shop", "hotel"]).await;
+        let health = runtime.health();
+        if let StepRef::Undo(_) = at {
+            world.script.play("confirm", Play::Refuse, 1);
+        }
+        world.request("a", Uuid::new_v4(), None).await;
+        let stuck = world.becomes("a", Status::Stuck).await;
+        assert_eq!((stuck.attempts, stuck.ended_at), (2, None), "{at}");
+        // Health looks for stuck sagas every two seconds, so one of the cases looks at health.
+        if number == 0 {
+            eventually("health says so", async || (!health.is_fine()).then_some(())).await;
+        }
+        answer_late(&world, at, outcome).await;
+        let status = world.becomes("a", end).await;
+        assert!(status.ended_at.is_some(), "{at}: {status:?}");
+        assert_eq!(world.ledger("a").await, ledger, "{at}");
+        let history = world.history("a").await;
+        let mut operated = history.iter().filter(|event| &*event.type_name == "saga.operated");
+        assert!(operated.next().is_some_and(|event| event.data.contains(BY_ITSELF)), "{at}");
+        assert!(operated.next().is_none(), "{at}");
+        if number == 0 {
+            becomes_fine(&health).await;
+        }
+        no_message_is_parked(&world).await;
+        runtime.drain(DRAIN).await.unwrap();
+    }
+}
+
+/// An operator's request and the late answer wait together until the service starts. Both take effect.
+#[tokio::test]
+async fn late_answer_does_not_hide_an_operators_request() {
+    for verb in [OperatorAction::Retry, OperatorAction::SkipStep] {
+        let world = World::new(Arc::new(MemoryStore::new()), silent_pivot());
+        let runtime = world.start(&["shop", "hotel"]).await;
+        world.request("a", Uuid::new_v4(), None).await;
+        world.becomes("a", Status::Stuck).await;
+        runtime.drain(DRAIN).await.unwrap();
+        let operator = Operator::new(world.store.clone(), "ann");
+        let saga = StreamId::from_stored("saga.trip-a");
+        operator.ask(&saga, verb, "the bank has called").await.unwrap();
+        let answered = tokio::spawn({
+            let world = World { bus: world.bus.clone(), ..World::new(world.store.clone(), silent_pivot()) };
+            async move { answer_late(&world, StepRef::Forward(1), Outcome::Done(serde_json::Value::Null)).await }
+        });
+        let runtime = world.start(&["shop", "hotel"]).await;
+        world.becomes("a", Status::Completed).await;
+        answered.await.unwrap();
+        assert_eq!(world.ledger("a").await, ["book", "announce"], "{verb:?}");
+        let history = world.history("a").await;
+        let mut operated = history.iter().filter(|event| &*event.type_name == "saga.operated");
+        assert!(operated.any(|event| event.data.contains("ann")), "{verb:?}");
+        runtime.drain(DRAIN).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn late_failure_leaves_a_saga_stuck() {
+    let world = World::new(Arc::new(MemoryStore::new()), silent_pivot());
+    let runtime = world.start(&["shop", "hotel"]).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    world.becomes("a", Status::Stuck).await;
+    answer_late(&world, StepRef::Forward(1), Outcome::Failed("no line".into())).await;
+    let history = world.history("a").await;
+    let last = history.last().unwrap();
+    assert!(&*last.type_name == "saga.replied" && last.data.contains("\"stuck\""), "{last:?}");
+    world.act("a", OperatorAction::SkipStep, "done by hand").await;
+    world.becomes("a", Status::Completed).await;
     runtime.drain(DRAIN).await.unwrap();
 }
 

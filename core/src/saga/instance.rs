@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     definition::{Saga, SagaState},
     migration::{Trail, migrated},
-    progress::{Outcome, Progress, Reply, SagaEvent, StepRef},
+    progress::{BY_ITSELF, OperatorAction, Outcome, Progress, Reply, SagaEvent, StepRef},
     request::{SagaRequest, marked, unmarked},
     transition::{Input, Transition, begin, json_bytes, learn_given_up, transition},
 };
@@ -189,14 +189,21 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
         if progress.definition != from {
             events.push(SagaEvent::Migrated { from, progress: progress.clone() });
         }
+        let mut goes_on = None;
         let event = match &ask.what {
             SagaInput::Begin(_) => None,
             SagaInput::Reply(reply) => {
                 let taken = take_reply(reply.clone(), definition, ask, context, &progress);
                 taken.map_err(SagaRefusal::Illegal)?.map(|(reply, moved)| {
-                    let Transition { progress, send, gave_up, fault, .. } = moved;
-                    // A late reply to a stuck saga does not answer the operator.
-                    let progress = if self.request.is_some() { marked(progress, ask.now) } else { progress };
+                    let Transition { context, progress, send, gave_up, fault, .. } = moved;
+                    // A late reply to a stuck saga does not answer the operator, so the request comes first.
+                    let progress = match self.request {
+                        Some(_) => marked(progress, ask.now),
+                        None => {
+                            goes_on = go_on(definition, ask.saga_id, &context, &progress, ask.now);
+                            progress
+                        }
+                    };
                     SagaEvent::Replied { reply, gave_up, fault, progress, send }
                 })
             }
@@ -207,12 +214,15 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
                     SagaEvent::Timed { gave_up, fault, progress, send }
                 })
             }
-            SagaInput::Request => {
-                self.request.as_ref().map(|request| carry_out(request, definition, ask, context, progress))
-            }
+            SagaInput::Request => self.request.as_ref().map(|request| {
+                let carried_out = carry_out(request, definition, ask, context, progress);
+                goes_on = go_on(definition, ask.saga_id, context, carried_out.progress(), ask.now);
+                carried_out
+            }),
         };
         let Some(event) = event else { return Ok(Vec::new()) };
         events.push(event);
+        events.extend(goes_on);
         Ok(events)
     }
 
@@ -260,6 +270,26 @@ fn carry_out<C: SagaState>(
         Err(why) => why,
     };
     SagaEvent::Declined { verb, by, why, progress }
+}
+
+/// Returns the event with which a stuck saga goes on without an operator, if the answer that the saga lacked has
+/// arrived. The saga does what an operator's retry would do. Because the event is that of a retry, the timeline and
+/// builds that do not know this rule understand the history.
+pub(crate) fn go_on<C: SagaState>(
+    definition: &Saga<C>,
+    saga_id: Uuid,
+    context: &C,
+    progress: &Progress,
+    now: i64,
+) -> Option<SagaEvent> {
+    if !progress.is_stuck_but_answered() {
+        return None;
+    }
+    let verb = OperatorAction::Retry;
+    let moved = transition(definition, saga_id, context, progress, &Input::Operate(verb), now);
+    let Transition { progress, send, .. } = moved.ok()??;
+    let reason = "the answer to the step has arrived".to_owned();
+    Some(SagaEvent::Operated { verb, by: BY_ITSELF.to_owned(), reason, progress, send })
 }
 
 /// Returns the transition that follows from a reply, and the reply as the saga records it. If the saga cannot continue

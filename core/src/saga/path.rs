@@ -4,7 +4,7 @@ use std::{fmt::Write, mem::discriminant};
 
 use super::{
     diagram::{BOX, Canvas, GAP, MARGIN, TIP, box_width, mermaid_text},
-    progress::{Outcome, Progress, SagaEvent, Status, StepRef},
+    progress::{BY_ITSELF, Outcome, Progress, SagaEvent, Status, StepRef},
 };
 
 /// The distance between two boxes if the arrow between them is labelled with a reason.
@@ -151,7 +151,7 @@ fn trouble(event: &SagaEvent) -> Option<&'static str> {
     match event {
         SagaEvent::Replied { gave_up: Some(_), .. } | SagaEvent::Timed { gave_up: Some(_), .. } => Some("given up"),
         SagaEvent::Replied { reply, .. } if matches!(reply.outcome, Outcome::Refused(_)) => Some("refused"),
-        SagaEvent::Operated { .. } => Some("operator"),
+        SagaEvent::Operated { by, .. } => Some(if by == BY_ITSELF { "late answer" } else { "operator" }),
         _ => None,
     }
 }

@@ -20,7 +20,8 @@ pub enum Status {
     Completed,
     /// Every step is undone.
     Compensated,
-    /// The saga gave up a step that must succeed, and an operator has to act.
+    /// The saga gave up a step that must succeed, and an operator has to act. If the answer to that step arrives after
+    /// all, the saga goes on.
     Stuck,
 }
 
@@ -214,6 +215,13 @@ impl Progress {
         }
     }
 
+    /// Returns whether the saga is stuck although the answers to its step have arrived.
+    pub(crate) fn is_stuck_but_answered(&self) -> bool {
+        let is_answered =
+            self.calls.contains(&CallState::Refused) || self.calls.iter().all(|call| *call == CallState::Done);
+        self.status == Status::Stuck && self.ended.is_none() && is_answered
+    }
+
     /// Returns the text that operators read first: the current error, and why the saga goes back.
     pub fn last_error(&self) -> Option<String> {
         match (&self.trouble, &self.failure) {
@@ -222,6 +230,9 @@ impl Progress {
         }
     }
 }
+
+/// The name that stands in place of an operator's if a stuck saga goes on because a late answer arrived.
+pub const BY_ITSELF: &str = "the saga itself";
 
 /// An action of an operator on a stuck saga.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -365,11 +376,11 @@ pub enum SagaEvent {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         send: Vec<Command>,
     },
-    /// An operator acted.
+    /// An operator acted, or the answer that a stuck saga lacked has arrived.
     Operated {
         /// The action.
         verb: OperatorAction,
-        /// The operator.
+        /// The operator, or [`BY_ITSELF`].
         by: String,
         /// The operator's reason.
         reason: String,

@@ -21,7 +21,7 @@ use crate::{
     event::Event,
     saga::{
         Command, Definitions, Failure, Input, OperatorAction, Outcome, Progress, Reply, Saga, SagaCommand, SagaEvent,
-        SagaInput, SagaInstance, SagaRequest, SagaState, Status, StepRef, Transition, begin, transition,
+        SagaInput, SagaInstance, SagaRequest, SagaState, Status, StepRef, Transition, begin, go_on, transition,
     },
 };
 
@@ -164,14 +164,15 @@ impl<C: SagaState> Machine<C> {
             [moves @ SagaEvent::Migrated { .. }, rest @ ..] => (Some(moves), rest),
             all => (None, all),
         };
-        let (Some(moved), [event]) = (moved, of_input) else {
+        // A late answer is recorded by one event, and by a second one if a stuck saga goes on.
+        let (Some(moved), [_] | [SagaEvent::Replied { .. }, SagaEvent::Operated { .. }]) = (moved, of_input) else {
             return if events.is_empty() {
                 Ok(None)
             } else {
                 Err(format!("{} events are recorded for one input", events.len()))
             };
         };
-        for event in moves.into_iter().chain([event]) {
+        for event in moves.into_iter().chain(of_input) {
             history.push(Arc::new(write(event)?));
         }
         let folded = restart::<C>(&history)?;
@@ -344,7 +345,13 @@ fn in_memory<C: SagaState>(
     };
     let (definition, progress) =
         instance.standing(definitions, progress).map_err(|refusal| format!("the saga refuses: {refusal}"))?;
-    transition(definition, SAGA_ID, context, &progress, &input, now)
+    let Some(moved) = transition(definition, SAGA_ID, context, &progress, &input, now)? else { return Ok(None) };
+    match (&input, go_on(definition, SAGA_ID, &moved.context, &moved.progress, now)) {
+        (Input::Reply(_), Some(SagaEvent::Operated { progress, send, .. })) => {
+            Ok(Some(Transition { progress, send, ..moved }))
+        }
+        _ => Ok(Some(moved)),
+    }
 }
 
 /// Returns the event that records the request of an operator to retry the step at which a saga is stuck.

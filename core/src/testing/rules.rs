@@ -242,6 +242,9 @@ pub(super) fn moved<C>(saga: &Saga<C>, from: &Progress, happening: &Happening, t
     if to.status == Status::Stuck && !may_stick {
         return Err(format!("the saga is stuck at {:?}, which can be undone", to.step));
     }
+    if to.is_stuck_but_answered() {
+        return Err(format!("the saga is stuck at {:?}, although the step is answered", to.step));
+    }
     let matching = match to.status {
         Status::Running => matches!(to.at, StepRef::Forward(_)),
         Status::Compensating => !matches!(to.at, StepRef::Forward(_)),
