@@ -318,7 +318,10 @@ pub(crate) fn check_json_within(text: &str, nesting_max: usize) -> Result<(), St
 
 /// Returns the nesting depth of a valid JSON string.
 fn nesting(text: &str) -> usize {
-    let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    let mut depth = 0_usize;
+    let mut deepest = 0;
+    let mut in_string = false;
+    let mut escaped = false;
     for byte in text.bytes() {
         match byte {
             _ if escaped => escaped = false,

@@ -191,7 +191,8 @@ impl Health {
         let hand = Hand::default();
         let starting = PartState { state: State::Starting, hand: Some(hand.clone()) };
         locked(&self.shared.parts).insert(part.to_owned(), starting);
-        let (health, shutdown) = (self.clone(), shutdown.clone());
+        let health = self.clone();
+        let shutdown = shutdown.clone();
         Reporter { health, part: part.into(), fine: false, fault: None, shutdown, attention: None, hand }
     }
 }
@@ -266,7 +267,9 @@ impl Reporter {
     /// Records that the handler has received this message.
     pub fn take_in_hand(&self, message: &Message) {
         let Message { id, key, type_name, position, .. } = message;
-        let (key, type_name, since) = (key.clone(), type_name.clone(), Instant::now());
+        let key = key.clone();
+        let type_name = type_name.clone();
+        let since = Instant::now();
         *locked(&self.hand) = Some(InHand { id: *id, key, type_name, position: position.0, since });
     }
 

@@ -201,8 +201,10 @@ impl Operator {
             if puts.is_empty() {
                 return Ok(0);
             }
-            let (by, reason) = (self.by.clone(), reason.to_owned());
-            let (of, key) = (subscription.to_owned(), key.to_owned());
+            let by = self.by.clone();
+            let reason = reason.to_owned();
+            let of = subscription.to_owned();
+            let key = key.to_owned();
             let event = OperatorEvent::Redriven { subscription: of, key, waiting, by, reason };
             self.record(subscription, &event, puts).await.map(|()| waiting)
         })
@@ -221,8 +223,10 @@ impl Operator {
         self.again(async || {
             let Some((puts, dropped)) = letters.to_drop(subscription, key).await? else { return Ok(None) };
             let parked = recordable(&dropped.body);
-            let (by, reason) = (self.by.clone(), reason.to_owned());
-            let (of, key) = (subscription.to_owned(), key.to_owned());
+            let by = self.by.clone();
+            let reason = reason.to_owned();
+            let of = subscription.to_owned();
+            let key = key.to_owned();
             let event = OperatorEvent::Dropped { subscription: of, key, parked, by, reason };
             self.record(subscription, &event, puts).await?;
             Ok(serde_json::from_str(&dropped.body).ok())
@@ -257,7 +261,8 @@ impl Operator {
             let now = self.store.clock().now();
             let mut puts = self.coming_again(subscription, to).await?;
             let from = lanes.iter().map(|(document, lane)| (document.key.id.to_string(), lane.next)).collect();
-            let (by, reason) = (self.by.clone(), reason.to_owned());
+            let by = self.by.clone();
+            let reason = reason.to_owned();
             let event = OperatorEvent::Reset { subscription: subscription.to_owned(), to, from, by, reason };
             puts.extend(moved(lanes, |lane| Checkpoint { next: to.0, event: None, at: now, ..lane }));
             self.record(subscription, &event, puts).await
@@ -275,7 +280,9 @@ impl Operator {
                 let state = if paused { "is already paused" } else { "is not paused" };
                 return Err(OperatorError::Illegal(format!("subscription {subscription} {state}")));
             }
-            let (of, by, reason) = (subscription.to_owned(), self.by.clone(), reason.to_owned());
+            let of = subscription.to_owned();
+            let by = self.by.clone();
+            let reason = reason.to_owned();
             let event = match paused {
                 true => OperatorEvent::Paused { subscription: of, by, reason },
                 false => OperatorEvent::Resumed { subscription: of, by, reason },
@@ -288,7 +295,9 @@ impl Operator {
 
     /// Replaces the live views with the rebuilt views.
     pub async fn swap(&self, rebuild: Rebuild, reason: &str) -> Result<Rebuilt, OperatorError> {
-        let (read_model, by, reason) = (rebuild.model().to_owned(), self.by.clone(), reason.to_owned());
+        let read_model = rebuild.model().to_owned();
+        let by = self.by.clone();
+        let reason = reason.to_owned();
         let append = recorded(rebuild.model(), &OperatorEvent::Swapped { read_model, by, reason })?;
         Ok(rebuild.swap_with(vec![append]).await?)
     }
@@ -299,7 +308,10 @@ impl Operator {
     pub async fn ask(&self, saga: &StreamId, verb: OperatorAction, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
             let illegal = |why: String| OperatorError::Illegal(why);
-            let (mut first, mut last, mut waiting, mut after) = (None, None, None, Version::START);
+            let mut first = None;
+            let mut last = None;
+            let mut waiting = None;
+            let mut after = Version::START;
             loop {
                 let page = self.store.read_stream(saga, after, PAGE).await?;
                 let Some(event) = page.last() else { break };
@@ -403,7 +415,8 @@ impl Operator {
     }
 
     async fn lanes_of(&self, subscription: &str) -> Result<Vec<(Document, Checkpoint)>, OperatorError> {
-        let (mut lanes, mut topics) = (Vec::new(), BTreeSet::new());
+        let mut lanes = Vec::new();
+        let mut topics = BTreeSet::new();
         let prefix = format!("{subscription}/");
         let mut after: Arc<str> = prefix.as_str().into();
         loop {

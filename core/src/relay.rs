@@ -154,7 +154,10 @@ impl Relay {
         shutdown: &CancellationToken,
     ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
         let this = Arc::new(self);
-        let (store, publisher, health, shutdown) = (store.clone(), publisher.clone(), health.clone(), shutdown.clone());
+        let store = store.clone();
+        let publisher = publisher.clone();
+        let health = health.clone();
+        let shutdown = shutdown.clone();
         (0..this.lanes).map(move |lane| {
             this.clone().carry_lane(lane, store.clone(), publisher.clone(), health.clone(), shutdown.clone())
         })
@@ -336,7 +339,8 @@ impl Relay {
         worker: &mut Worker,
         events: &[Arc<Recorded>],
     ) -> Result<(Vec<Outgoing>, Vec<Arc<Recorded>>), Stop> {
-        let (mut messages, mut sources) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
+        let mut messages = Vec::with_capacity(events.len());
+        let mut sources = Vec::with_capacity(events.len());
         let is_mine = |event: &&Arc<Recorded>| self.lanes == 1 || lane_of(event.stream.as_str(), self.lanes) == lane;
         for event in events.iter().filter(is_mine) {
             // If the checkpoint was reset to an earlier position, events before a parked event are read again. These

@@ -532,13 +532,18 @@ impl Runtime {
         self.names = names;
         self.keep(kept);
         for (name, store, tail, relay, groups, subscriptions, parts) in joined {
-            let (health, shutdown, instance) = (self.health(), self.shutdown(), self.instance_on(&store));
+            let health = self.health();
+            let shutdown = self.shutdown();
+            let instance = self.instance_on(&store);
             for (group_name, group, starters, desk) in groups {
                 let recovered = Recovered { service: name.clone(), store: store.clone(), starters, desk };
-                let (recovered, settled) = (Arc::new(recovered), Arc::new(OnceCell::new()));
+                let recovered = Arc::new(recovered);
+                let settled = Arc::new(OnceCell::new());
                 for member in group.members(&tail, &health, &shutdown) {
-                    let (recovered, settled) = (recovered.clone(), settled.clone());
-                    let (health, shutdown) = (health.clone(), shutdown.clone());
+                    let recovered = recovered.clone();
+                    let settled = settled.clone();
+                    let health = health.clone();
+                    let shutdown = shutdown.clone();
                     self.spawn_worker(&group_name, async move {
                         settled.get_or_init(|| recovered.settle(&health, &shutdown)).await;
                         member.await.map_err(|error| error.to_string())
@@ -617,7 +622,8 @@ impl Runtime {
     }
 
     fn spawn_as(&mut self, part: String, task: impl Future<Output = Result<(), String>> + Send + 'static) {
-        let (health, name) = (self.health(), part.clone());
+        let health = self.health();
+        let name = part.clone();
         let spawned = self.tasks.spawn(async move {
             let ended = caught(task).await.unwrap_or_else(|panic| Err(panic.to_string()));
             if let Err(error) = &ended {
@@ -670,7 +676,8 @@ impl Runtime {
                 return Err(twice("service", service.name.clone()));
             }
             for replies in &service.replies {
-                let (store, category) = (&service.store, replies.category());
+                let store = &service.store;
+                let category = replies.category();
                 if sagas.iter().any(|(known, of)| Arc::ptr_eq(known, store) && *of == category) {
                     let name = category.trim_start_matches("saga.").to_owned();
                     return Err(twice("saga", name));
@@ -690,7 +697,8 @@ impl Runtime {
             let sagas = service.replies.iter().map(|replies| (service.store.clone(), replies.category()));
             kept.sagas.extend(sagas);
             let own = service.categories().into_iter().filter(|category| categories::check_own(category).is_ok());
-            let (name, store) = (service.name.clone(), service.store.clone());
+            let name = service.name.clone();
+            let store = service.store.clone();
             kept.watches.push(Box::pin(categories::watch(name, store, own.collect(), self.health())));
             for group in &service.groups {
                 kept.watches.push(Box::pin(group.watch(service.store.clone(), self.health())));

@@ -105,7 +105,8 @@ impl Upcast {
         // integer too.
         let floats = numbers(text).filter(|range| !is_integer(&text[range.clone()]));
         let mut taken: HashSet<u64> = floats.filter_map(|range| text[range].parse().ok().map(f64::to_bits)).collect();
-        let (mut changed, mut done) = (String::with_capacity(text.len()), 0);
+        let mut changed = String::with_capacity(text.len());
+        let mut done = 0;
         for range in big_integers(text) {
             let digits = &text[range.clone()];
             let known = stand_ins.iter().find(|(_, known)| known == digits).map(|(stand_in, _)| *stand_in);

@@ -194,7 +194,8 @@ impl Bus for LocalBus {
         if topics.is_empty() {
             return Err(BusError::Misconfigured(format!("group {group} subscribes to no topic")));
         }
-        let (shared, prefix) = (self.handle.0.clone(), self.prefix.clone());
+        let shared = self.handle.0.clone();
+        let prefix = self.prefix.clone();
         let group = prefix.on_bus(group);
         let topics: Vec<Arc<str>> = topics.iter().map(|topic| prefix.on_bus(topic)).collect();
         let (seat, wake) = shared.with(|state, wakes| state.join(&group, &topics, wakes))?;

@@ -62,7 +62,8 @@ pub(crate) fn check_own(category: &str) -> Result<(), String> {
 /// of the two types would then read events that it cannot decode. Two builds of the same aggregate, however, have event
 /// types in common.
 pub(crate) fn register<A: Aggregate>(store: &Arc<dyn EventStore>, category: &str) -> Result<(), String> {
-    let (aggregate, events) = (type_name::<A>(), A::Event::TYPES);
+    let aggregate = type_name::<A>();
+    let events = A::Event::TYPES;
     let mut all = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     all.retain(|known| known.store.strong_count() > 0);
     let here = Arc::as_ptr(store).cast::<()>();
@@ -96,7 +97,9 @@ pub(crate) async fn watch(
     health: Health,
 ) {
     let part = format!("{service}.categories");
-    let (started, mut after, mut reported) = (Instant::now(), Position::START, false);
+    let started = Instant::now();
+    let mut after = Position::START;
+    let mut reported = false;
     loop {
         unknown.retain(|category| !is_registered(category));
         // If the store is unavailable, other parts of the service report the problem.

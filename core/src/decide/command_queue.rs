@@ -32,7 +32,8 @@ pub(crate) struct Driver {
 impl<W> CommandQueue<W> {
     /// Starts a queue. No work happens until the driver of the queue is polled.
     pub(crate) fn begin(first: W, work: impl Future<Output = ()> + Send + 'static) -> (Self, Arc<Driver>) {
-        let (work, wanted) = (Mutex::new(Some(Box::pin(work) as _)), AtomicBool::new(false));
+        let work = Mutex::new(Some(Box::pin(work) as _));
+        let wanted = AtomicBool::new(false);
         let driver = Arc::new(Driver { work, wanted, runtime: Handle::current() });
         (Self { waiting: VecDeque::from([first]), driver: driver.clone() }, driver)
     }

@@ -126,7 +126,11 @@ impl Lane {
     pub fn new(id: &str, incarnation: Option<Arc<str>>) -> Self {
         let key = DocumentKey::new(CHECKPOINTS, id);
         let marks = Deduplication::default();
-        let (place, version, next, epoch, paused) = (key.id.clone(), 0, 0, 0, false);
+        let place = key.id.clone();
+        let version = 0;
+        let next = 0;
+        let epoch = 0;
+        let paused = false;
         Self {
             key,
             place,
@@ -252,7 +256,8 @@ impl Lane {
 /// Returns the last position before `before` whose event was recorded no later than `at`. The times of the events never
 /// decrease along the log.
 async fn last_before(store: &dyn EventStore, at: DateTime<Utc>, before: Position) -> Result<Position, StoreError> {
-    let (mut low, mut high) = (0, before.0 - 1);
+    let mut low = 0;
+    let mut high = before.0 - 1;
     while low < high {
         let middle = low + (high - low) / 2;
         let page = store.read_log(&LogQuery::all(), Position(middle), 1).await?;

@@ -117,10 +117,12 @@ impl Group {
     /// Reports each topic that has never had a message, until its first message arrives. The report reveals misspelt
     /// topic names, which cause no other error, because joining a topic creates the topic.
     pub(crate) fn watch(&self, store: Arc<dyn EventStore>, health: Health) -> impl Future<Output = ()> + Send + use<> {
-        let (name, heard) = (self.name.clone(), self.heard.clone());
+        let name = self.name.clone();
+        let heard = self.heard.clone();
         let mut silent: Vec<Arc<str>> = self.topics.iter().map(|topic| topic.as_str().into()).collect();
         async move {
-            let (part, mut reported) = (format!("{name}.topics"), false);
+            let part = format!("{name}.topics");
+            let mut reported = false;
             tokio::time::sleep(SILENT_MAX).await;
             loop {
                 let known = heard.topics().clone();
@@ -209,7 +211,8 @@ impl Joined {
         health: &Health,
         shutdown: &CancellationToken,
     ) -> impl Iterator<Item = impl Future<Output = Result<(), BusError>> + use<>> {
-        let (group, is_local) = (self.group, self.is_local);
+        let group = self.group;
+        let is_local = self.is_local;
         self.consumers.into_iter().enumerate().map(move |(number, consumer)| {
             let part = format!("{}#{number}", group.name);
             let reporter = health.reporter(&part, shutdown);
@@ -349,20 +352,23 @@ impl Member {
             }
             Polled::Lost { partition, offsets } => {
                 let Some(lane) = self.lane_of.get(&partition).copied() else { return Ok(()) };
-                let (topic, number) = (partition.topic.clone(), partition.number);
+                let topic = partition.topic.clone();
+                let number = partition.number;
                 let lost = Lost { topic, partition: number, from: offsets.start, to: offsets.end };
                 self.worker.lose(lane, lost).await?;
                 self.consumer.seek(&partition, self.worker.lanes[lane].bookmark()).await?;
             }
             Polled::Messages(deliveries) => {
                 let is_behind = deliveries.len() >= BATCH_MAX;
-                let (mut nexts, mut ahead) = (HashMap::new(), HashMap::new());
+                let mut nexts = HashMap::new();
+                let mut ahead = HashMap::new();
                 let mut items = Vec::with_capacity(deliveries.len());
                 for delivery in deliveries {
                     // If the partition was revoked in the meantime, the message belongs to the new owner of the
                     // partition.
                     let Some(lane) = self.lane_of.get(&delivery.partition).copied() else { continue };
-                    let (next, id) = (delivery.offset + 1, delivery.id());
+                    let next = delivery.offset + 1;
+                    let id = delivery.id();
                     if next <= self.worker.lanes[lane].next {
                         continue;
                     }
@@ -416,7 +422,9 @@ impl Member {
     /// Makes the lanes of the worker match the assigned partitions. Delivery of new partitions starts at the offset in
     /// the store. With `rewind`, delivery of all other partitions restarts at the offset in the store too.
     async fn assign(&mut self, rewind: bool) -> Result<(), Ended> {
-        let (mut lane_of, mut lanes, mut seeks) = (HashMap::new(), Vec::new(), Vec::new());
+        let mut lane_of = HashMap::new();
+        let mut lanes = Vec::new();
+        let mut seeks = Vec::new();
         // For partitions that remain assigned, the lanes in memory are valid only as long as the log has the history
         // under which they were read.
         let history = self.worker.store.history();

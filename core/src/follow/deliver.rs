@@ -71,7 +71,8 @@ impl Worker {
         let mut conflicts = 0;
         let mut refused = Refused::Not;
         let mut limit = items.len();
-        let (mut racing, mut waiting) = (Backoff::short(), Backoff::long());
+        let mut racing = Backoff::short();
+        let mut waiting = Backoff::long();
         loop {
             self.await_room(&mut waiting).await?;
             let batch = &items[..if matches!(refused, Refused::Not) { limit } else { 1 }];
@@ -166,7 +167,8 @@ impl Worker {
     /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
     /// lane makes no progress until then.
     fn stand_still(&mut self, item: &Item, reason: &str) {
-        let (id, key) = (item.id(), &item.key);
+        let id = item.id();
+        let key = &item.key;
         let trouble = format!("the store refuses message {id} (key {key}) even as a dead letter: {reason}");
         self.reporter.trouble(trouble);
     }

@@ -272,7 +272,8 @@ impl ParkedKeys {
     pub fn next_place(&self, key: &str, lane: &str, position: i64) -> ParkedPlace {
         let last = self.keys.get(key).and_then(|places| places.back());
         let sequence = last.map_or(0, |place| place.sequence + 1);
-        let (id, waits) = (document_id(key, sequence, lane), last.is_some());
+        let id = document_id(key, sequence, lane);
+        let waits = last.is_some();
         ParkedPlace { sequence, id, position, waits, awaits_build: false, dead: false }
     }
 

@@ -69,7 +69,9 @@ struct Seen {
 
 impl Peer {
     pub fn named(name: &str) -> Self {
-        let (follows, changed, alive) = (Arc::default(), Arc::default(), watch::Sender::new(None));
+        let follows = Arc::default();
+        let changed = Arc::default();
+        let alive = watch::Sender::new(None);
         Self { name: name.into(), follows, changed, alive }
     }
 
@@ -127,7 +129,8 @@ impl Peer {
         stop: CancellationToken,
     ) {
         let mut reporter = health.reporter(&format!("instance {}", self.name), &shutdown);
-        let (mut own, mut seen) = (None, BTreeMap::new());
+        let mut own = None;
+        let mut seen = BTreeMap::new();
         let mut history = store.history();
         let mut counted_at = Instant::now();
         loop {
@@ -239,7 +242,8 @@ fn look(found: &[Document], seen: &mut BTreeMap<Arc<str>, Seen>, counts: bool) -
             *entry = Seen { version: document.version, missed: 0, follows };
         }
         if entry.missed >= FORGOTTEN {
-            let (key, expected) = (document.key.clone(), Some(document.version));
+            let key = document.key.clone();
+            let expected = Some(document.version);
             forgotten.push(Put { key, expected, body: None, due: None });
         }
     }

@@ -229,7 +229,8 @@ impl Worker {
             None => (String::new(), 0, None),
             Some((reason, remedy)) => {
                 awaits_build = remedy == Remedy::AwaitBuild;
-                let (reason, due) = (parked_reason(&reason, remedy), self.retry_at(remedy, 1));
+                let reason = parked_reason(&reason, remedy);
+                let due = self.retry_at(remedy, 1);
                 work.notice(failed(item, &reason, 1, due.is_some()));
                 (reason, 1, due)
             }
@@ -260,7 +261,8 @@ impl Worker {
         let mut after = self.lanes[lane].clone();
         (after.next, after.last) = (lost.to, None);
         after.marks.interrupt();
-        let (key, place) = (lost.key(), after.place.clone());
+        let key = lost.key();
+        let place = after.place.clone();
         let at = ParkedPlace { waits: false, dead: true, ..self.parked.next_place(&key, &place, 0) };
         let mut work = Work::new(self.store.clone(), Stale::Nothing);
         let document = Parked {

@@ -138,7 +138,9 @@ debug_fields!([R] Projection<R> { query, linger });
 
 impl<R> Clone for Projection<R> {
     fn clone(&self) -> Self {
-        let (model, query, instance) = (self.model.clone(), self.query.clone(), self.instance.clone());
+        let model = self.model.clone();
+        let query = self.query.clone();
+        let instance = self.instance.clone();
         Self { model, query, linger: self.linger, instance }
     }
 }

@@ -349,7 +349,10 @@ impl Rebuild {
         loop {
             let mut found = self.store.documents(&keys).await?.into_iter();
             let mut next = || found.next().flatten();
-            let (live, rebuilt, of_live, of_rebuilt) = (next(), next(), next(), next());
+            let live = next();
+            let rebuilt = next();
+            let of_live = next();
+            let of_rebuilt = next();
             if same(live.as_ref(), rebuilt.as_ref()) {
                 return Ok(None);
             }

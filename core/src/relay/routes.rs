@@ -23,7 +23,8 @@ impl Routes {
     /// Creates the routes of a service. The events of the service go to `<service>.events`. The commands of its sagas
     /// go to `<participant>.commands`. Its replies to the sagas of other services go to `<their service>.commands`.
     pub fn of(service: &str) -> Self {
-        let (events, internal) = (format!("{service}.events").into(), vec![format!("step.{service}").into()]);
+        let events = format!("{service}.events").into();
+        let internal = vec![format!("step.{service}").into()];
         Self { service: service.into(), events, published: Vec::new(), internal }
     }
 

@@ -84,7 +84,8 @@ impl<C> Saga<C> {
         let mut x = canvas.dot(MARGIN, top);
         let mut columns = Vec::new();
         for planned in &self.steps {
-            let (name, kind) = (label(planned, ""), caption(planned.kind));
+            let name = label(planned, "");
+            let kind = caption(planned.kind);
             let undo = if planned.kind == Kind::Compensatable { box_width(&label(planned, "undo "), "") } else { 0 };
             let width = box_width(&name, kind).max(undo);
             canvas.arrow(&format!("M{x} {}h{}", top + BOX / 2, GAP - TIP), "forward");
@@ -97,7 +98,8 @@ impl<C> Saga<C> {
         canvas.end(x + GAP, top, "completed");
         let Some(last) = self.last_that_goes_back() else { return canvas.finish(self.name) };
 
-        let (undos, below) = (self.undos(), top + ROW);
+        let undos = self.undos();
+        let below = top + ROW;
         let center = |column: (i32, i32)| column.0 + column.1 / 2;
         for step in (0..undos).rev() {
             let (x, width) = columns[step];
@@ -125,7 +127,8 @@ impl<C> Saga<C> {
         y += ROW;
         let mut x = None;
         for planned in &self.closing {
-            let (name, kind) = (label(planned, ""), caption(planned.kind));
+            let name = label(planned, "");
+            let kind = caption(planned.kind);
             let width = box_width(&name, kind);
             let at = canvas.next(&mut x, from, y, width);
             canvas.node(at, y, width, class(planned.kind), &name, kind);
@@ -242,7 +245,8 @@ impl Canvas {
     }
 
     pub fn node(&mut self, x: i32, y: i32, width: i32, class: &str, name: &str, caption: &str) {
-        let (center, name) = (x + width / 2, xml_text(name));
+        let center = x + width / 2;
+        let name = xml_text(name);
         let baseline = y + if caption.is_empty() { 28 } else { 21 };
         let mut element =
             format!(r#"<g class="{class}"><rect x="{x}" y="{y}" width="{width}" height="{BOX}" rx="8"/>"#);
@@ -254,7 +258,9 @@ impl Canvas {
     }
 
     pub fn end(&mut self, x: i32, y: i32, name: &str) {
-        let (width, top, height) = (box_width(name, ""), y + END_INSET, BOX - 2 * END_INSET);
+        let width = box_width(name, "");
+        let top = y + END_INSET;
+        let height = BOX - 2 * END_INSET;
         let rect = format!(r#"<rect x="{x}" y="{top}" width="{width}" height="{height}" rx="{}"/>"#, height / 2);
         let text = format!(r#"<text x="{}" y="{}">{name}</text>"#, x + width / 2, y + 28);
         self.draw(x + width, y + BOX, &format!(r#"<g class="end">{rect}{text}</g>"#));
@@ -291,7 +297,9 @@ impl Canvas {
     }
 
     pub fn finish(self, name: &str) -> String {
-        let (width, height, name) = (self.right + MARGIN, self.bottom + MARGIN, xml_text(name));
+        let width = self.right + MARGIN;
+        let height = self.bottom + MARGIN;
+        let name = xml_text(name);
         let tip = r#"<marker id="saga-tip" viewBox="0 0 8 8" refX="0" refY="4" markerWidth="8" markerHeight="8""#;
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \

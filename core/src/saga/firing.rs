@@ -96,7 +96,9 @@ impl<C: SagaState> Sagas<C> {
         let mut backoff = Backoff::long();
         let mut tick = interval(TIMER_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut looked, mut more, mut counted) = (None::<Instant>, false, None::<Instant>);
+        let mut looked = None::<Instant>;
+        let mut more = false;
+        let mut counted = None::<Instant>;
         begin.await;
         while !shutdown.is_cancelled() {
             tokio::select! {
@@ -257,7 +259,8 @@ impl<C: SagaState> Sagas<C> {
     async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
         let mut trouble = None;
         let origins = self.origins(&due).await;
-        let (mut stale, mut racing) = (Stale::Nothing, Backoff::short());
+        let mut stale = Stale::Nothing;
+        let mut racing = Backoff::short();
         for _ in 0..RACES_MAX {
             if due.is_empty() {
                 return trouble;

@@ -340,12 +340,14 @@ impl<C: SagaState> SagaInstance<C> {
         definitions: &'a Definitions<C>,
         progress: &Progress,
     ) -> Result<(&'a Saga<C>, Progress), SagaRefusal> {
-        let (hash, current) = (&progress.definition, &definitions.current);
+        let hash = &progress.definition;
+        let current = &definitions.current;
         let (definition, progress) = if *hash == current.hash {
             (current, progress.clone())
         } else if let Some(migrate) = definitions.migrations.get(hash) {
             let moved = migrated(*migrate, progress, &self.trail, current);
-            let (from, to) = (hash.clone(), current.hash.clone());
+            let from = hash.clone();
+            let to = current.hash.clone();
             (current, moved.map_err(|reason| SagaRefusal::CannotMigrate { from, to, reason })?)
         } else {
             let older = definitions.older.get(hash);
@@ -398,7 +400,8 @@ mod tests {
             let hold = |_: &Trip| StepRequest::to("hotel", &HotelCommand::Hold {});
             let plan = Saga::<Trip>::named("trip").compensatable("hold", hold).undo(hold).and(hold).undo(hold);
             let plan = plan.attempts(1).build();
-            let (older, migrations) = (HashMap::new(), HashMap::new());
+            let older = HashMap::new();
+            let migrations = HashMap::new();
             Self(Arc::new(Definitions { current: Arc::new(plan), older, migrations }))
         }
 

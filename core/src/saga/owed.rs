@@ -113,7 +113,9 @@ pub(crate) async fn settle(
     shutdown: &CancellationToken,
 ) {
     let part = format!("{service}.owed");
-    let (mut after, mut left, mut away) = (Arc::<str>::from(""), 0, Backoff::long());
+    let mut after = Arc::<str>::from("");
+    let mut left = 0;
+    let mut away = Backoff::long();
     let started_at = Instant::now();
     while !shutdown.is_cancelled() {
         let page = match store.scan(&collection(service), &Scan::After(after.clone()), PAGE).await {

@@ -220,7 +220,8 @@ impl<P: Participant> StepHandler<P> {
     /// Returns the states of a saga's steps that were recorded before a position of the log.
     async fn known_before(&self, saga: &str, position: Position) -> Result<Participation, HandlerError> {
         let stream = self.participations.stream(saga)?;
-        let (mut known, mut after) = (Participation::default(), Version::START);
+        let mut known = Participation::default();
+        let mut after = Version::START;
         loop {
             let page = self.store.read_stream(&stream, after, ANSWERS_PAGE).await?;
             for event in &page {

@@ -104,7 +104,8 @@ impl Path {
     /// Returns the path as a standalone SVG, which is readable on light and dark backgrounds. The path is one row from
     /// left to right. `name` is the title of the drawing.
     pub fn svg(&self, name: &str) -> String {
-        let (mut canvas, y) = (Canvas::default(), MARGIN);
+        let mut canvas = Canvas::default();
+        let y = MARGIN;
         let mut x = canvas.dot(MARGIN, y);
         let mut reason = None;
         for stop in &self.stops {

@@ -150,7 +150,8 @@ pub fn transition<C: SagaState>(
             Input::Reply(_) | Input::Due => Ok(None),
         };
     }
-    let (context, progress) = (context.clone(), progress.clone());
+    let context = context.clone();
+    let progress = progress.clone();
     let recorded = match input {
         Input::Reply(Reply { outcome: Outcome::Done(answer), .. }) => json_bytes(answer),
         Input::Reply(_) | Input::Due | Input::Operate(_) => 0,
@@ -169,7 +170,8 @@ pub fn transition<C: SagaState>(
 
 impl<'a, C: SagaState> Move<'a, C> {
     fn new(plan: &'a Saga<C>, saga_id: Uuid, now: i64, context: C, progress: Progress, recorded: usize) -> Self {
-        let (send, gave_up) = (Vec::new(), None);
+        let send = Vec::new();
+        let gave_up = None;
         Self { plan, saga_id, now, context, progress, send, gave_up, recorded, too_large_by: None, fault: None }
     }
 
@@ -290,7 +292,8 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     /// Returns a request for each participant that is not done, or the reason why the request cannot be made.
     fn requests(&self) -> impl Iterator<Item = (usize, Result<StepRequest, String>)> {
-        let (planned, at) = (self.planned(), self.progress.at);
+        let planned = self.planned();
+        let at = self.progress.at;
         let open = (0..planned.calls.len()).filter(|call| self.progress.calls[*call] != CallState::Done);
         open.map(move |call| {
             let make = match at {
@@ -379,7 +382,8 @@ impl<'a, C: SagaState> Move<'a, C> {
 
     /// Records the fault at the current step.
     fn blame(&mut self, kind: FaultKind, reason: &str, silent: Vec<String>) {
-        let (step, attempt) = (self.planned().name.to_owned(), self.progress.attempt);
+        let step = self.planned().name.to_owned();
+        let attempt = self.progress.attempt;
         let reason = reason.chars().take(FAULT_REASON_CHARS_MAX).collect();
         self.fault = Some(Fault { kind, step, attempt, reason, silent });
     }

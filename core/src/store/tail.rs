@@ -120,7 +120,8 @@ impl Tail {
         let history = store.history();
         let head = store.status().await?.head;
         let recent = Mutex::new(Recent { history, after: head, last: head, ..Recent::default() });
-        let (last, committing) = (watch::Sender::new((history, head)), AtomicUsize::new(0));
+        let last = watch::Sender::new((history, head));
+        let committing = AtomicUsize::new(0);
         let (fetch, waits) = Default::default();
         Ok(Self { store, recent, fetch, waits, last, committing })
     }

@@ -161,7 +161,9 @@ pub fn check<C: SagaState>(saga: Saga<C>, context: C) -> Check<C, ()> {
 
 impl<W> CheckParts<W> {
     fn of(world: W) -> Self {
-        let (services, always, at_end) = (BTreeMap::new(), Vec::new(), Vec::new());
+        let services = BTreeMap::new();
+        let always = Vec::new();
+        let at_end = Vec::new();
         Self { world, services, always, at_end, troubles: Troubles::default() }
     }
 }

@@ -286,7 +286,8 @@ impl<C: SagaState> Machine<C> {
                         let what = format!("{outcome:?}");
                         let reply = Reply { at, call, attempt, outcome };
                         if self.transition(place, &Input::Reply(reply), 0)?.is_some() {
-                            let (step, here) = (planned.name, rules::place(progress));
+                            let step = planned.name;
+                            let here = rules::place(progress);
                             return Err(format!(
                                 "a late reply of step {step:?} ({at}, {what}) changes the saga {here}"
                             ));

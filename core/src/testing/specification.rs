@@ -140,8 +140,10 @@ fn stored<E: Event + Debug + PartialEq>(event: E) -> E {
 
 /// Returns the lines of both values as a diff, in the order of the longest common subsequence.
 fn diff<E: Debug + ?Sized, A: Debug + ?Sized>(expected: &E, actual: &A) -> String {
-    let (expected, actual) = (format!("{expected:#?}"), format!("{actual:#?}"));
-    let (old, new): (Vec<_>, Vec<_>) = (expected.lines().collect(), actual.lines().collect());
+    let expected = format!("{expected:#?}");
+    let actual = format!("{actual:#?}");
+    let old: Vec<_> = expected.lines().collect();
+    let new: Vec<_> = actual.lines().collect();
     // common[i][j]: how many lines old[i..] and new[j..] have in common.
     let mut common = vec![vec![0usize; new.len() + 1]; old.len() + 1];
     for i in (0..old.len()).rev() {
@@ -150,7 +152,9 @@ fn diff<E: Debug + ?Sized, A: Debug + ?Sized>(expected: &E, actual: &A) -> Strin
             common[i][j] = if old[i] == new[j] { common[i + 1][j + 1] + 1 } else { skip };
         }
     }
-    let (mut i, mut j, mut text) = (0, 0, String::new());
+    let mut i = 0;
+    let mut j = 0;
+    let mut text = String::new();
     let mut line = |mark, line| _ = writeln!(text, "  {mark} {line}");
     while i < old.len() || j < new.len() {
         if i < old.len() && j < new.len() && old[i] == new[j] {

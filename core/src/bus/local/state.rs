@@ -199,7 +199,8 @@ impl BusState {
             }
         }
         self.members_ever += 1;
-        let (member, wake) = (self.members_ever, Arc::new(Notify::new()));
+        let member = self.members_ever;
+        let wake = Arc::new(Notify::new());
         self.groups[group].members.insert(member, MemberState { topics: joined.clone(), wake: wake.clone() });
         self.rebalance(group, wakes);
         (Seat { group, member, topics: joined, turn: 0 }, wake)
@@ -262,7 +263,10 @@ impl BusState {
     }
 
     pub(super) fn next(&mut self, seat: &mut Seat, max: usize, wakes: &mut Wakes) -> Next {
-        let (me, mut revoked, mut assigned, mut heirs) = (seat.member, Vec::new(), Vec::new(), Vec::new());
+        let me = seat.member;
+        let mut revoked = Vec::new();
+        let mut assigned = Vec::new();
+        let mut heirs = Vec::new();
         for (partition, cursor) in self.cursors(seat) {
             // With this poll, the member confirms that its work on revoked partitions has ended.
             if cursor.holder.take_if(|holder| holder.member == me && holder.stage == Stage::Revoked).is_some() {
