@@ -105,6 +105,13 @@ async fn lanes(store: &Arc<dyn EventStore>) -> Vec<(String, Option<u32>)> {
     of_copier.map(|(id, body)| (id.to_string(), serde_json::from_str::<Checkpoint>(&body).unwrap().lanes)).collect()
 }
 
+/// Returns the position of each lane that has a checkpoint.
+async fn positions(store: &Arc<dyn EventStore>) -> Vec<i64> {
+    let found = documents(store, CHECKPOINTS).await;
+    let of_copier = found.into_iter().filter(|(id, _)| id.starts_with("copier/"));
+    of_copier.map(|(_, body)| serde_json::from_str::<Checkpoint>(&body).unwrap().next).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
     on_each_store(async |store| {
@@ -114,20 +121,19 @@ async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
         for (number, stuck) in [(1, "1"), (4, "2"), (1, "3"), (3, "4"), (7, "5"), (2, "6")] {
             add_to_all(&store, upto + 1..=upto + 2).await;
             upto += 2;
+            let last = store.status().await.unwrap().head;
             let faulty = FaultyStore::new(store.clone());
             let process: Arc<dyn EventStore> = Arc::new(faulty.clone());
             let handler = Copies { stuck: Some(stuck), ..Copies::into(&process) };
             let runtime = start(Runtime::new(), &process, &handler, number).await;
             eventually("one lane stands still", async || handler.reached.load(Ordering::SeqCst).then_some(())).await;
-            if number > 1 {
-                // The other lanes have moved on, so the lanes are at different positions.
-                let others = async || {
-                    let done = (0..TALLIES).map(async |id| copies(&store, &id.to_string()).await.0.len() as i64);
-                    let done = futures::future::join_all(done).await;
-                    (done.iter().filter(|done| **done == upto).count() > 2).then_some(())
-                };
-                eventually("other lanes continue", others).await;
-            }
+            // The other lanes have moved on, so the lanes are at different positions. All of the others have moved on,
+            // because the next round finishes each lane that is behind, and must not meet its own tally there.
+            let others = async || {
+                let moved = positions(&store).await.into_iter().filter(|next| *next >= last.0).count();
+                (moved >= number as usize - 1).then_some(())
+            };
+            eventually("all other lanes continue", others).await;
             faulty.crash();
             drop(runtime);
         }
