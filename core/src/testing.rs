@@ -107,7 +107,7 @@
 //!     while sagas.saga("7").await?.and_then(|saga| saga.progress).is_none_or(|found| found.status != status) {
 //!         tokio::time::sleep(Duration::from_millis(5)).await;
 //!     }
-//!     Ok::<(), String>(())
+//!     Ok::<(), Box<dyn std::error::Error>>(())
 //! };
 //! Repository::<Booking>::new(store).execute("7", (), Uuid::new_v4()).await?;
 //! becomes(Status::Running).await?;
