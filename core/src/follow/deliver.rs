@@ -83,8 +83,7 @@ impl Worker {
             let count = match attempt {
                 Attempt::Handled(count) => count,
                 Attempt::AwaitStore(reason) => {
-                    self.reporter.trouble(reason);
-                    waiting.wait().await;
+                    self.await_store(reason, &mut waiting).await;
                     continue;
                 }
                 Attempt::TooLarge(reason) => {
@@ -122,8 +121,7 @@ impl Worker {
                     racing.wait().await;
                 }
                 CommitError::Unknown(reason) => {
-                    self.reporter.trouble(reason.clone());
-                    waiting.wait().await;
+                    self.await_store(reason.clone(), &mut waiting).await;
                     if self.was_committed(&after).await? {
                         self.committed(after, parked, &notices);
                         self.load_parked().await?;
@@ -140,12 +138,15 @@ impl Worker {
                     }
                     refused = refused.next(reason.clone());
                 }
-                CommitError::Unavailable(reason) => {
-                    self.reporter.trouble(reason.clone());
-                    waiting.wait().await;
-                }
+                CommitError::Unavailable(reason) => self.await_store(reason.clone(), &mut waiting).await,
             }
         }
+    }
+
+    /// Reports why the store cannot be used, and waits before the next attempt.
+    async fn await_store(&mut self, reason: String, waiting: &mut Backoff) {
+        self.reporter.trouble(reason);
+        waiting.wait().await;
     }
 
     /// Waits while the number of parked messages is at its limit. Stops if the history of the log has changed.
