@@ -1,7 +1,8 @@
 //! Step 6 of 8. Runs the services of step 4 on PostgreSQL and Kafka. In production, each service is its own process.
 //!
 //!     DATABASE_URL=postgres://… KAFKA_BROKERS=host:9092 cargo run -p annals-examples --example postgres_and_kafka -- shop
-//!The argument is the prefix of the names of the schemas and topics.
+//!
+//! The argument is the prefix of the names of the schemas and topics.
 
 use std::{convert::Infallible, env, error::Error, sync::Arc, time::Duration};
 

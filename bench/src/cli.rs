@@ -20,7 +20,8 @@ use crate::{
 const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_version, data, metadata, recorded_at";
 
 /// Measures the `annals` command on PostgreSQL.
-///The command must be in the folder of this program, where `cargo build --release -p annals-cli` puts it. `psql` must
+///
+/// The command must be in the folder of this program, where `cargo build --release -p annals-cli` puts it. `psql` must
 /// be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {

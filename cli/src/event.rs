@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 /// Appends one event as a line, with its line ending. This code formats the line itself, for speed: an export may have
 /// a million lines. Apart from the field names, the line holds exactly what [`EventLine`] reads.
-///`is_json`: whether the caller knows that payload and metadata are JSON.
+///
+/// `is_json`: whether the caller knows that payload and metadata are JSON.
 pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
     // Writing to memory does not fail.
     _ = write!(line, r#"{{"position":{},"stream":"#, event.position.0);
