@@ -151,15 +151,20 @@ async fn saga_executes_operator_requests_or_gives_the_reason() {
     runtime.drain(Duration::from_secs(20)).await.unwrap();
 }
 
-#[tokio::test]
-async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
+/// Returns a world in which saga `t` is stuck at the step "announce" and no service runs.
+async fn stuck_and_stopped() -> World {
     let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 1));
     let runtime = world.start(&["shop", "hotel", "bank"]).await;
     world.script.play("announce", Play::Fail, 1);
     world.request("t", Uuid::new_v4(), None).await;
     world.becomes("t", Status::Stuck).await;
     runtime.drain(Duration::from_secs(20)).await.unwrap();
+    world
+}
 
+#[tokio::test]
+async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
+    let world = stuck_and_stopped().await;
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
     operator.ask(&stream, OperatorAction::Abandon, "the guest has died").await.unwrap();
@@ -179,13 +184,7 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
 
 #[tokio::test]
 async fn request_outlives_a_late_reply() {
-    let world = World::new(Arc::new(MemoryStore::new()), trip(Duration::from_secs(20), 1));
-    let runtime = world.start(&["shop", "hotel", "bank"]).await;
-    world.script.play("announce", Play::Fail, 1);
-    world.request("t", Uuid::new_v4(), None).await;
-    world.becomes("t", Status::Stuck).await;
-    runtime.drain(Duration::from_secs(20)).await.unwrap();
-
+    let world = stuck_and_stopped().await;
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
     let request = operator.ask(&stream, OperatorAction::SkipStep, "the guest was informed").await.unwrap();
