@@ -64,9 +64,9 @@ pub trait EventStore: Any + Send + Sync {
 
     /// Accepts the histories up to this number on behalf of the service `by`. After the first call for a service, every
     /// commit fails as unavailable while [`history`](EventStore::history) is above the number that the service has
-    /// accepted. A decision that is based on a log with lost events may otherwise have to be undone. A service on a bus
-    /// accepts a history once the log holds everything that the service has sent, and accepts `u64::MAX` when the
-    /// service stops.
+    /// accepted. Without this rule, a decision could be stored that is based on a log with lost events and must be
+    /// undone later. A service on a bus accepts a history once the log holds everything that the service has sent, and
+    /// accepts `u64::MAX` when the service stops.
     ///
     /// A store that wraps another store forwards the call. The default suits stores that cannot lose events while they
     /// are open.
@@ -217,7 +217,7 @@ pub enum StoreError {
     Corrupt(String),
 }
 
-/// Why a wait ended without its result. Waiting again is always safe.
+/// Why a wait ended without the awaited result. Waiting again is always safe.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {

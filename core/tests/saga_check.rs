@@ -389,7 +389,7 @@ enum Act {
 struct Nothing;
 impl SagaState for Nothing {}
 
-/// How often each step is done and not undone, by the name of the step.
+/// How many times each step was done and not undone, by the name of the step.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Standing(std::collections::BTreeMap<String, i32>);
 

@@ -248,7 +248,7 @@ fn numbers(text: &str) -> impl Iterator<Item = Range<usize>> + '_ {
 #[derive(Clone, Copy)]
 struct Finite;
 
-/// The state for a value with parts. For a sequence, the number counts the elements that were examined.
+/// The state while the parts of a value are examined. For a sequence, the number counts the elements examined so far.
 struct Parts(usize);
 
 #[derive(Debug)]

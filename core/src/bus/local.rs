@@ -83,7 +83,7 @@ impl Prefix {
         format!("{}{name}", self.0).into()
     }
 
-    /// Returns the partition on the bus that the user knows by this partition.
+    /// Converts a partition from the form that the user sees, without the prefix in the topic, to the form on the bus.
     fn partition_on_bus(&self, known: &Partition) -> Partition {
         let mut partition = known.clone();
         if !self.0.is_empty() {
@@ -94,8 +94,8 @@ impl Prefix {
         partition
     }
 
-    /// Returns the partition by which the user knows a partition on the bus. The incarnation includes the prefix,
-    /// because an offset under one prefix is meaningless under another.
+    /// Converts a partition from the form on the bus to the form that the user sees. In the latter form, the
+    /// incarnation includes the prefix, because an offset under one prefix is meaningless under another.
     fn known(&self, mut partition: Partition) -> Partition {
         if !self.0.is_empty() {
             partition.topic = partition.topic.strip_prefix(&*self.0).unwrap_or(&partition.topic).into();

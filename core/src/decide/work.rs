@@ -106,7 +106,7 @@ pub struct Decided<E> {
     pub repeated: bool,
     /// The version of the stream after the command. If the command is repeated, the version after its first execution.
     pub version: Version,
-    /// The position of the last event of the commit that stored the events. `None` if the command had nothing to do, or
+    /// The position of the last event in the commit that stored the events. `None` if the command had nothing to do, or
     /// if the work that staged the command is not committed yet. A read model that has reached this position shows the
     /// effects of the command; see [`Views::wait_for`](crate::Views::wait_for).
     pub position: Option<Position>,

@@ -11,9 +11,9 @@ use crate::{
 
 /// A wait for events after a position.
 ///
-/// A wait that is polled once and then left alone may hold a session of the store, or the turn to look for new events.
-/// If several lanes leave their waits alone to do other work, and that work needs a session too, all lanes stand still.
-/// Therefore, other work is done with [`alongside`](Self::alongside).
+/// A wait that is polled once and then not polled again may hold a session of the store, or a lock that every other
+/// wait needs. If several lanes stop polling their waits to do other work, and that work needs a session too, all lanes
+/// get stuck. Therefore, other work is done with [`alongside`](Self::alongside).
 pub(crate) struct LogWait<'a> {
     /// `None` once the wait is over.
     wait: Option<BoxFuture<'a, Result<(), StoreError>>>,

@@ -198,8 +198,8 @@ impl Peer {
         let alive: BTreeMap<_, _> = living.map(|(name, seen)| (name.clone(), seen.follows.clone())).collect();
         self.alive.send_replace(Some(Arc::new(alive)));
         if !forgotten.is_empty() {
-            // If one of these instances is alive again, the commit fails and removes nothing. A later heartbeat tries
-            // again.
+            // If one of these instances turns out to be alive, the commit fails and removes nothing. A later heartbeat
+            // tries again.
             forget(store, forgotten).await.map_err(|error| error.to_string())?;
         }
         Ok(())

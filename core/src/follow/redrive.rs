@@ -220,7 +220,8 @@ impl Worker {
             // An unavailable store is not the message's fault and does not count as an attempt, but the message still
             // waits before the next retry.
             Remedy::AwaitStore => parked.attempts,
-            // This build can handle the message. Earlier attempts, by builds that could not, do not count.
+            // This build can handle the message. Earlier attempts do not count, because they were made by builds that
+            // could not handle the message.
             Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
             Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
         };

@@ -166,7 +166,7 @@ impl<R: ReadModel> Projection<R> {
     }
 
     /// Keeps the live views up to date until `shutdown` is cancelled. After each swap, continues with the new live
-    /// views. If the store is unavailable, the projection retries and health reports the trouble.
+    /// views. If the store is unavailable, the projection retries and health reports the failure.
     ///
     /// # Errors
     /// Fails if the name of the read model is not valid.

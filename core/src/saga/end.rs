@@ -28,7 +28,7 @@ const PAGE: usize = 500;
 /// The function reads the saga's stream again only after the log has received new events.
 ///
 /// # Errors
-/// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga goes on.
+/// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga itself is not affected.
 pub async fn wait_for_end(store: &dyn EventStore, saga: &StreamId, limit: Duration) -> Result<Progress, WaitError> {
     let deadline = Instant::now() + limit;
     let mut progress: Option<Progress> = None;
@@ -67,7 +67,7 @@ impl<C: SagaState> Sagas<C> {
     /// Waits until the saga with this id has ended, and returns its final progress; see [`wait_for_end`].
     ///
     /// # Errors
-    /// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga goes on.
+    /// Fails with [`WaitError::TimedOut`] if the saga has not ended within `limit`. The saga itself is not affected.
     pub async fn wait_for_end(&self, id: &str, limit: Duration) -> Result<Progress, WaitError> {
         wait_for_end(&*self.store, &self.instances.stream(id)?, limit).await
     }

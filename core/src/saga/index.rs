@@ -30,7 +30,7 @@ pub struct Index {
 }
 
 impl Index {
-    /// Returns an index that passes to `timers` the times at which documents become due.
+    /// Returns an index that reports to `timers` when each document becomes due.
     pub(crate) fn telling(timers: Timers) -> Self {
         Self { timers }
     }

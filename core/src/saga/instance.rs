@@ -392,7 +392,7 @@ mod tests {
         Hold {},
     }
 
-    /// A saga whose only step, and its undo, ask two services once.
+    /// A saga with a single step of two calls, each with an undo. Each call and each undo is attempted only once.
     struct Trips(Arc<Definitions<Trip>>);
 
     impl Trips {

@@ -240,7 +240,7 @@ impl<P: Participant> StepHandler<P> {
     }
 
     /// Checks a command against the barrier, carries out the command if necessary, and stages the answer. `not_stored`
-    /// is set if the store has refused the effects that this same command staged before.
+    /// is set if the store has refused the effects that an earlier attempt to handle this message staged.
     async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
         let step = StepCommand::from_message(message)?;
         // The first attempt at a step is usually the first command that the service receives from the saga.

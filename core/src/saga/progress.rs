@@ -231,7 +231,7 @@ impl Progress {
     }
 }
 
-/// The name that stands in place of an operator's if a stuck saga goes on because a late answer arrived.
+/// The name that is recorded instead of an operator's name if a stuck saga goes on because a late answer has arrived.
 pub const BY_ITSELF: &str = "the saga itself";
 
 /// An action of an operator on a stuck saga.

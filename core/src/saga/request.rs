@@ -24,7 +24,7 @@ impl SagaRequest {
         SagaEvent::Requested { verb, by, reason, progress: marked(progress, now) }
     }
 
-    /// Returns the request that waits after an event, if `before` waited before the event.
+    /// Returns the request that waits after `event`; `before` is the request that waited before `event`, if any.
     pub fn after(event: &SagaEvent, before: Option<Self>) -> Option<Self> {
         match event {
             SagaEvent::Requested { verb, by, reason, .. } => {
@@ -54,7 +54,7 @@ pub(super) fn marked(progress: Progress, now: i64) -> Progress {
     Progress { due: Some(now), ..progress }
 }
 
-/// Returns the progress of the saga from such an event. The saga has no timer.
+/// Returns the progress of the saga from the progress that such an event records. The saga itself has no timer.
 pub(super) fn unmarked(progress: Progress) -> Progress {
     Progress { due: None, ..progress }
 }

@@ -252,8 +252,8 @@ impl<C: SagaState> Sagas<C> {
         Ok(())
     }
 
-    /// Handles a reply. `not_stored` is set if the store has refused the effects of this same reply; the step that the
-    /// reply answers then counts as failed.
+    /// Handles a reply. `not_stored` is set if the store has refused the effects that an earlier attempt to handle this
+    /// reply staged; the step that the reply answers then counts as failed.
     async fn reply(
         &self,
         saga_id: &str,

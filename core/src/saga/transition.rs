@@ -92,8 +92,8 @@ pub(crate) fn json_bytes(value: &impl Serialize) -> usize {
     count.0
 }
 
-/// Tells the saga's state that the saga gave up a step, and why. If the state panics, the state stays unchanged,
-/// because the panic must not keep the saga from going back.
+/// Passes the failure of a step that the saga gave up to the saga's state. If the state panics, the state stays
+/// unchanged, because the panic must not keep the saga from going back.
 pub(crate) fn learn_given_up<C: SagaState>(context: &mut C, failure: &Failure) {
     let before = context.clone();
     if caught_now(|| context.learn(&failure.step, &Outcome::Failed(failure.reason.clone()))).is_err() {
@@ -335,7 +335,7 @@ impl<'a, C: SagaState> Move<'a, C> {
         let bytes: usize =
             made.iter().filter_map(|(_, made)| made.as_ref().ok()).map(|made| made.data.get().len()).sum();
         if bytes <= COMMANDS_BYTES_MAX && bytes + self.recorded > COMMANDS_BYTES_MAX {
-            // This event has no room for the commands, so the next event sends them.
+            // This event has no room for the commands, so they are sent with the next event.
             self.progress.retrying = true;
             self.progress.due = later(self.now, RETRY_DELAY_MIN);
             return Ok(());

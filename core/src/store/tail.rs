@@ -25,14 +25,14 @@ const EVENTS_MAX: usize = 65_536;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The maximum number of commits that are held while earlier events are still missing.
 const COMMITS_AHEAD_MAX: usize = 4_096;
-/// How long to wait until a commit of this process is added to the events in memory. The wait begins when the store
-/// already shows the commit.
+/// How long a reader gives this process to add a commit to the events in memory, before the reader waits for the store,
+/// and again before the reader reads events that the store already has.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;
 
 /// A store that reads the tail of the log once for all subscriptions. Events that are committed through the tail are
-/// served from memory and not read back. Readers that are far behind read the store directly.
+/// served from memory, without a read of the store. Readers that are far behind read the store directly.
 ///
 /// A [`Runtime`](crate::Runtime) puts a tail around each store, and its services commit through this tail. Commits of
 /// other code in the process, such as the commands of an HTTP server, go through the handle of that code. A process
@@ -55,7 +55,7 @@ pub struct Tail {
     fetch: tokio::sync::Mutex<()>,
     /// The lock of the caller that waits for the store on behalf of all callers.
     waits: tokio::sync::Mutex<()>,
-    /// The history number of the store, and the position of the last event held.
+    /// The history number of the store, and the position of the last event in memory.
     last: watch::Sender<(u64, Position)>,
     /// How many commits of this process have not been answered by the store yet.
     committing: AtomicUsize,
@@ -153,8 +153,8 @@ impl Tail {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// If the log may have lost events since the last call, discards the events held and continues at the current end
-    /// of the log. Returns the history number and the end of the events held.
+    /// If the log may have lost events since the last call, discards the events in memory and continues at the current
+    /// end of the log. Returns the history number and the position of the last event in memory.
     async fn renewed(&self) -> Result<(u64, Position), StoreError> {
         let known = *self.last.borrow();
         if self.store.history() == known.0 {

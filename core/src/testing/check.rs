@@ -104,10 +104,11 @@ impl std::error::Error for Violation {}
 /// breaks a rule. In addition to your own invariants, [`always`](Check::always) and [`at_end`](Check::at_end), these
 /// rules must hold:
 ///
-/// - no call is done twice, or after its undo; no call is undone twice, or without having been done;
+/// - no call is done twice or done after its undo; no call is undone twice, and only a call that was done is undone;
 /// - a step begins only when all earlier steps are done; undos run in reverse order; nothing is undone once the pivot
 ///   is done;
-/// - in a completed saga every step is done and no step is undone; in a compensated saga no step is left done;
+/// - in a completed saga every step is done and no step is undone; in a compensated saga every step that was done is
+///   undone;
 /// - late or repeated replies change nothing;
 /// - a saga ends; it may get stuck only at the pivot, at a later step or in an undo, and must then end after an
 ///   operator's retry;

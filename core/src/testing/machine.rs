@@ -205,7 +205,7 @@ impl<C: SagaState> Machine<C> {
         Ok(Some(leap))
     }
 
-    /// Returns the input that `happening` is to the saga, and the time.
+    /// Returns the input that `happening` gives to the saga, and the time of that input.
     fn input(&self, happening: Option<&Happening>) -> Result<(SagaInput<C>, i64), String> {
         match happening {
             None => Ok((SagaInput::Begin(self.context.clone()), 0)),

@@ -4,8 +4,8 @@
 //! A sent message stays in flight: the message may arrive at any time, in any order, again and again, or never. The
 //! model therefore needs no separate moves for a lost message, a late message, or a message delivered again after a
 //! crash, and the state space stays finite without a limit on the number of faults. A message is dropped only when a
-//! trial shows that neither the saga nor a service reacts to the message any more. [`Machine`] checks at every place
-//! that replies to other steps change nothing.
+//! trial shows that neither the saga nor a service reacts to the message any more. For every state that the saga can
+//! reach, [`Machine`] checks that replies to other steps change nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -407,7 +407,7 @@ where
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
                 Ok(None) => break,
-                // The checker makes this move as well, and reports the broken rule there.
+                // The checker visits this state too, makes the same move, and then reports the broken rule.
                 Err(_) => return Ok(()),
             }
         }

@@ -168,7 +168,7 @@ impl Ledger {
         found.next().map(|(_, planned)| (planned.name, planned.kind))
     }
 
-    /// Returns a step among the first `steps` that is not completely done.
+    /// Returns the name of the first step, among the first `steps` steps, that has a call that was not done.
     fn missing<C>(&self, plan: &PlanProgress<'_, C>, steps: usize) -> Option<&'static str> {
         let mut all = plan.saga.steps.iter().enumerate().take(steps);
         let is_done = |step: usize, call: usize| self.is(plan.known_as(StepRef::Forward(step)), call, Effect::Done);
