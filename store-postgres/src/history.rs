@@ -147,7 +147,8 @@ impl History {
         Ok(self.number())
     }
 
-    /// Checks whether the log still has the event that was looked up. `found` is the id of the event at its position.
+    /// Checks whether the log still has the event that was looked up. `found` is the id of the event that the log has
+    /// at the same position now.
     pub(crate) fn compare(&self, asked: Asked, found: Option<Uuid>) {
         self.compare_known(&mut self.known(), asked, found);
     }

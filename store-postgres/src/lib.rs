@@ -127,8 +127,7 @@ use self::{
 };
 
 /// The shortest and the longest interval at which a reader polls for events that come without a notification. Such
-/// events are rows inserted by hand, and commits whose process could not notify. The interval doubles from poll to
-/// poll.
+/// events are rows inserted by hand, and commits whose process could not notify. The interval doubles after each poll.
 const LOOK_MS_MIN: u64 = 50;
 const LOOK_MS_MAX: u64 = 1_000;
 /// The longest polling interval while notifications from other processes cannot be received.

@@ -37,7 +37,7 @@ use crate::{
     readers::{Reader, Readers},
 };
 
-/// The maximum number of events that one page examines, which takes some tens of milliseconds.
+/// The maximum number of events that one page examines. This takes some tens of milliseconds.
 const PAGE_EVENTS_MAX: usize = 10_000;
 /// A page of the log ends after this many bytes of payload, regardless of the limit on events.
 const PAGE_BYTES_MAX: usize = 16 << 20;

@@ -36,8 +36,8 @@ const LOCK_MS_MAX: u64 = 500;
 const STATEMENTS_MAX: usize = 64;
 /// The settings of every connection. With these settings, every statement of a store takes only a few index seeks, even
 /// on a new table, for which the planner has no statistics and would prefer a sequential scan. The settings also turn
-/// off just-in-time compilation, which does not pay off for such short statements, and plans for the actual arguments,
-/// which are never better than a generic plan.
+/// off just-in-time compilation, which does not pay off for such short statements. Statements always use a generic
+/// plan, because a plan for the actual arguments is never better.
 const SETTINGS: [(&str, &str); 6] = [
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),

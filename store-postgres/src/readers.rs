@@ -72,7 +72,8 @@ impl Readers {
             }
             None => {
                 // The session is opened in a separate task, because a read that starts to connect is often answered by
-                // another session before its own connection is open. The new session is then completed and kept.
+                // another session before its own connection is open. In that case, the task still opens the new session
+                // and keeps it.
                 let opening = tokio::spawn(self.0.clone().open(permit, deadline));
                 opening.await.unwrap_or(Err(sqlx::Error::PoolClosed))?
             }

@@ -29,7 +29,7 @@ use crate::{
     read::{READS_MAX, bound},
 };
 
-/// The number of events that one page examines, which takes some tens of milliseconds.
+/// The number of events that one page examines. This takes some tens of milliseconds.
 const PAGE_EVENTS: usize = 20_000;
 /// The maximum number of events in a batch, which one task decodes. A batch also ends with the event that reaches
 /// `BATCH_BYTES`.

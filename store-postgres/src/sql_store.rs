@@ -187,8 +187,8 @@ struct Transactions {
 /// A transaction that waits for its next message, or for its commit.
 struct Waiting {
     transaction: OpenTransaction,
-    /// The bodies of the transaction's last two marks. The batch's work, or its commit, keeps one of them alive. Once
-    /// both are gone, no batch can continue this transaction.
+    /// The bodies of the transaction's last two marks. As long as a batch can continue this transaction, the batch's
+    /// work or its commit keeps one of these bodies alive.
     marks: [Option<Weak<str>>; 2],
 }
 
