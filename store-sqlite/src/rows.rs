@@ -25,7 +25,7 @@ pub(crate) trait Bind {
     fn bind(self, arguments: &mut SqliteArguments) -> Result<(), BoxDynError>;
 }
 
-/// An event and its time of recording, in microseconds.
+/// An event, and the time of its recording in microseconds.
 impl Bind for (EventRow, i64) {
     fn bind(self, arguments: &mut SqliteArguments) -> Result<(), BoxDynError> {
         let (EventRow { position, stream, version, text }, recorded_at) = self;
