@@ -19,7 +19,7 @@ const STRUCTURED: &str = "application/cloudevents+json";
 /// Prefixes of the media types of batches, and of events in any format.
 const BATCH: &str = "application/cloudevents-batch";
 const ANY_STRUCTURED: &str = "application/cloudevents";
-/// The maximum number of undecodable bytes to keep, because a document cannot hold more bytes.
+/// The maximum number of undecodable bytes to keep. The limit is needed because a document cannot hold more bytes.
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// The number of headers of a message without extensions.
 const HEADERS: usize = 14;
@@ -53,7 +53,7 @@ pub(crate) fn headers(message: &Message) -> OwnedHeaders {
     headers.unwrap_or_default()
 }
 
-/// Returns an upper bound of the uncompressed size that the broker counts for a message.
+/// Returns an upper bound on the uncompressed size that the broker counts for a message.
 pub(crate) fn size(message: &Message) -> usize {
     let Message { key, data, source, type_name, subject, extensions, .. } = message;
     let texts = [key, data, source, type_name, subject].map(|text| text.len()).into_iter().sum::<usize>();
@@ -95,7 +95,7 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
     }
 }
 
-/// Decodes a record of any producer.
+/// Decodes a record from any producer.
 pub(crate) fn decode(record: &impl rdkafka::Message) -> Result<Message, Undecodable> {
     // The client panics if the name of a header is not UTF-8. Only an unusual producer can send such a header.
     let read = catch_unwind(AssertUnwindSafe(|| read(record)));

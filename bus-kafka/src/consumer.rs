@@ -47,8 +47,8 @@ const FIXED: [(&str, &str); 5] = [
 /// How often the client is polled even without a wake-up. Without polls, the group would consider this member dead.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// After a fatal error, a client is replaced no sooner than this long after its start. If one client after another
-/// fails at once, this limit protects the brokers from a flood of connections.
+/// The minimum time between the start of a client and the start of the client that replaces it after a fatal error. If
+/// one client after another fails at once, this limit protects the brokers from a flood of connections.
 const REPLACE_AFTER: Duration = Duration::from_secs(1);
 /// A member that brokers fence joins again, because a fence does not prove that another process uses the same name.
 /// Brokers also fence a member that joins again after its session has timed out, if the answer to that join is lost.
@@ -58,7 +58,7 @@ const FENCES_MAX: usize = 5;
 const FENCES_WITHIN: Duration = Duration::from_secs(25);
 /// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a stopping member waits for its partitions to be given up.
+/// How long a stopping member waits until it has given up its partitions.
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a stopping member then waits for its leave request to be sent: a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
@@ -443,8 +443,8 @@ impl Member {
             return self.stop_fetching(place);
         }
         if position < first {
-            // Nothing is lost: only the handled message just before the bookmark is gone, which the check would have
-            // used.
+            // Nothing is lost: only the message just before the bookmark is gone. That message has been handled, and
+            // only the check would have used it.
             return self.fetch(place, Offset::Offset(next), None);
         }
         // The client may have stopped fetching this partition, because a new leader may not know the latest
@@ -713,7 +713,7 @@ fn leave(consumer: &BaseConsumer<MemberContext>) {
     let mut until = Instant::now() + LEAVE;
     let mut has_let_go = false;
     while Instant::now() < until && consumer.client().fatal_error().is_none() {
-        // This poll handles the rebalance with which the leave begins.
+        // Leaving the group begins with a rebalance, which this poll handles.
         _ = consumer.poll(Duration::from_millis(10));
         if !has_let_go && consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
             // The client next sends the offsets and the leave request, but does not report when it has sent them.

@@ -104,8 +104,9 @@ impl ClientContext for UntilEnd {
 
 impl ConsumerContext for UntilEnd {}
 
-/// Starts each partition at its offset in `from`, which lists the topic as `named`. A partition starts at the first
-/// offset that still exists if `from` has no offset for the partition, or if that offset is outside the present range.
+/// Starts each partition at its offset in `from`, which lists the topic under the name `named`. A partition starts at
+/// the first offset that still exists if `from` has no offset for the partition, or if that offset is outside the
+/// present range.
 fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;

@@ -15,7 +15,7 @@
 //! monitor the lag. Missing topics are created with the number of partitions in [`Settings`]. The bus writes
 //! CloudEvents 1.0 in binary mode, which any client can read, and also reads structured mode.
 //!
-//! A [prefix](Settings::prefix) is part of the names of topics and groups on the cluster only. Calls of [`KafkaBus`],
+//! A [prefix](Settings::prefix) is part of the names that topics and groups have on the cluster. Calls of [`KafkaBus`],
 //! deliveries and the checkpoints of services use the names without the prefix.
 
 #![warn(missing_debug_implementations)]
@@ -50,7 +50,7 @@ pub struct KafkaBus {
     cluster: Arc<str>,
     topics: Topics,
     producer: Producer,
-    /// The number of members of each group that have joined.
+    /// For each group, the number of members that have joined.
     members: Mutex<HashMap<String, u32>>,
 }
 

@@ -31,9 +31,9 @@ use crate::{
 pub(crate) const MESSAGE_BYTES_MAX: usize = 10_000_000;
 /// The maximum size of a batch, in bytes; the limit of a topic may be lower.
 const BATCH_BYTES_MAX: usize = 1_000_000;
-/// For this long after an acknowledgement, a broker certainly still knows the producer. A broker forgets a producer
-/// that is silent for a day. Older versions of Kafka also forget a producer once retention, which runs every few
-/// minutes, has removed all messages of that producer.
+/// How long after an acknowledgement a broker certainly still knows the producer. A broker forgets a producer that is
+/// silent for a day. Older versions of Kafka also forget a producer once retention, which runs every few minutes, has
+/// removed all messages of that producer.
 const KNOWN_MS: u64 = 10_000;
 /// A broker is distant if a request takes longer than this.
 const DISTANT: Duration = Duration::from_millis(2);
@@ -46,7 +46,7 @@ const DISTANT_CLIENTS: usize = 8;
 const MESSAGES_MAX: usize = 100_000;
 /// The maximum size of the messages that wait in the clients of a producer, in kilobytes.
 const KBYTES_MAX: usize = 65_536;
-/// The minimum share of a client in [`KBYTES_MAX`]. The largest message must fit into the share.
+/// The minimum share that each client gets of [`KBYTES_MAX`]. The largest message must fit into this share.
 const CLIENT_KBYTES_MIN: usize = 16_384;
 /// How often a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
@@ -153,7 +153,8 @@ struct SendContext {
     settings: Settings,
     /// Why the clients send nothing more, once one of them has failed.
     broken: OnceLock<String>,
-    /// A clone is held by every task that hands messages to the client or waits for a receipt.
+    /// Every task that hands messages to the client or waits for a receipt holds a clone, so the number of clones shows
+    /// whether such a task exists.
     waiting: Arc<()>,
     /// Whether a batch was too large for its topic and may have contained more than one message.
     too_large: AtomicBool,
@@ -486,7 +487,7 @@ async fn hand_over(
     }
 }
 
-/// When dropped, settles the messages that were never handed over.
+/// A guard that, when dropped, settles the messages that were never handed over.
 struct Unsent<'a> {
     batch: &'a Batch,
     count: usize,

@@ -35,7 +35,7 @@ const SINCE_MAX: i64 = 10_000;
 /// log.
 const GIVEN_MAX: usize = 20_000;
 
-/// Returns the messages that a service has sent after these ends, in order per partition.
+/// Returns the messages that a service has sent after `ends`, in order per partition.
 pub(crate) async fn since(
     settings: &Settings,
     cluster: Arc<str>,
