@@ -18,8 +18,8 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// The limit that turns a hang into a failure. The limit is long enough for a broker on a busy machine, where a group
-/// takes seconds to assign its partitions.
+/// How long a test may wait before it counts as hanging and fails. The limit is long enough for a broker on a busy
+/// machine, where a group takes seconds to assign its partitions.
 const GUARD: Duration = Duration::from_secs(90);
 /// Returns message number `number` of a key, counted from 1.
 pub fn message(key: &str, number: i64) -> Message {
