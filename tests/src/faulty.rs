@@ -60,7 +60,7 @@ impl Gate {
     /// Resolves once a commit with [`Fault::AppliedLater`] has passed the gate. Returns whether the commit succeeded.
     pub async fn applied(&self) -> bool {
         let mut applied = self.0.2.subscribe();
-        // The sender outlives this wait, as in `wait_for`.
+        // The sender outlives this wait, so the wait cannot fail.
         applied.wait_for(Option::is_some).await.is_ok_and(|held| *held == Some(true))
     }
 

@@ -22,7 +22,7 @@ pub enum TallyEvent {
     Closed,
 }
 
-/// The commands to a tally.
+/// The commands for a tally.
 #[derive(Clone, Debug)]
 pub enum TallyCommand {
     /// Adds this amount.
@@ -95,7 +95,7 @@ pub struct Copier {
 }
 
 impl Copier {
-    /// Creates a copier with a cache of its own.
+    /// Creates a copier that caches the tallies it writes.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { copies: Repository::with(store, "copy", 1_000) }
     }

@@ -202,7 +202,8 @@ pub fn tallies() -> LogQuery {
     LogQuery::categories(["tally"])
 }
 
-/// Asks the service of a stuck saga for an action on behalf of the operator `ann`, and returns the answer of the service.
+/// Asks the service of a stuck saga for an action on behalf of the operator `ann`, and returns the answer of the
+/// service.
 pub async fn act(store: &Arc<dyn EventStore>, saga: &str, verb: OperatorAction, reason: &str) -> SagaEvent {
     let (operator, saga) = (Operator::new(store.clone(), "ann"), StreamId::from_stored(saga));
     let answer = async {

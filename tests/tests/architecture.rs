@@ -93,7 +93,7 @@ fn packages_depend_only_on_inner_packages() {
     let rooms = workspace.rooms();
     let mut wrong = Vec::new();
     for package in &workspace.packages {
-        // Tests may depend on the suites and on the test servers from any ring.
+        // A package in any ring may depend on `annals-tests` for its own tests.
         let for_tests =
             |dependency: &&Dependency| dependency.name == "annals-tests" && dependency.kind.as_deref() == Some("dev");
         let known = package.dependencies.iter().filter(|dependency| dependency.name != package.name);
@@ -120,7 +120,8 @@ fn core_depends_on_no_driver_even_indirectly() {
             next.extend(locked.get(name).into_iter().flatten());
         }
     }
-    // After a change of its format, the lock file could look like a file without drivers. This check would detect that.
+    // If the format of the lock file changes, this test could overlook drivers in the file. This check detects such a
+    // change.
     assert!(met.contains("mio"), "tokio brings mio: the lock file was not understood");
     let wrong: Vec<_> = met.iter().filter(|name| DRIVERS.contains(*name)).collect();
     assert!(wrong.is_empty(), "core must not know {wrong:?}");
@@ -450,8 +451,8 @@ fn literals_and_test_names_are_found() {
     assert_eq!(without_code("one {told} two {} three"), "one  two  three");
 }
 
-/// A document names a file in backticks, as in `core/src/handler.rs`, or in a link, as in `](docs/adr/README.md)`. A path
-/// in backticks begins at the root of the repository or at the folder of the document.
+/// A document names a file in backticks, as in `core/src/handler.rs`, or in a link, as in `](docs/adr/README.md)`. A
+/// path in backticks begins at the root of the repository or at the folder of the document.
 #[test]
 fn documents_name_existing_files() {
     let workspace = Workspace::read();

@@ -414,7 +414,7 @@ async fn unknown_event_waits_for_a_build_that_knows_it() {
     let letter = eventually("the message waits", async || letters().await.pop()).await;
     assert!(letter.parked.reason.starts_with("waits for a newer build: "), "{}", letter.parked.reason);
     assert!(letter.retries_at.is_some());
-    // A command on that stream fails with an error, and nothing is written.
+    // A command on the stream of tally `x` fails with an error, and nothing is written.
     let outdated = annals::Repository::<Tally>::new(store.clone());
     let refused = outdated.execute("x", TallyCommand::Add(2), Uuid::new_v4()).await;
     assert!(matches!(refused, Err(annals::ExecuteError::Undecodable(_))), "{refused:?}");

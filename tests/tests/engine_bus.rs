@@ -323,7 +323,7 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &Notes::default(), store).await;
     bus.add([Ok(message("a", 1))]);
-    // Two reads are refused: the check of the commit's outcome, and the read of the rewind.
+    // Two reads are refused: the read that checks the outcome of the commit, and the read that rewinds the consumer.
     within("two refused reads", faulty.refused(2)).await;
     bus.add([Ok(message("a", 2))]);
     faulty.away(false);

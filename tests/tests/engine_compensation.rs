@@ -255,8 +255,8 @@ async fn fault_in_the_saga_code_is_a_failed_step() {
         runtime.start(services.into(), world.bus.clone()).await.unwrap();
         let large = || Answer::Done("x".repeat(ANSWER_BYTES_MAX - 10).into());
         for (id, answer, status, reason, ledger) in [
-            // Each answer alone fits, but a command with both does not. The second answer, which makes the command too
-            // large, is treated as the failure.
+            // A command can hold each answer alone, but not both. The second answer makes the command too large, and
+            // counts as the failure of its step.
             (
                 "large",
                 large(),

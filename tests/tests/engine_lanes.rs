@@ -127,8 +127,8 @@ async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
             let handler = Copies { stuck: Some(stuck), ..Copies::into(&process) };
             let runtime = start(Runtime::new(), &process, &handler, number).await;
             eventually("one lane stands still", async || handler.reached.load(Ordering::SeqCst).then_some(())).await;
-            // The other lanes have moved on, so the lanes are at different positions. All of the others have moved on,
-            // because the next round finishes each lane that is behind, and must not meet its own tally there.
+            // All other lanes reach the end of the log, for two reasons. The lanes must be at different positions. The
+            // next round first finishes each lane that is behind, so its own stuck tally must not be in such a lane.
             let others = async || {
                 let moved = positions(&store).await.into_iter().filter(|next| *next >= last.0).count();
                 (moved >= number as usize - 1).then_some(())
@@ -249,8 +249,8 @@ async fn killed_relay_restarts_with_another_number_of_lanes() {
             let here: Arc<dyn EventStore> = Arc::new(faulty.clone());
             let service = Service::new("source", here).publish(&["tally"]).relay_lanes(number);
             relay.start(vec![service], bus.clone()).await.unwrap();
-            // One lane crashes before its checkpoint moves. The positions of the other lanes do not matter. Its
-            // messages were sent before the crash.
+            // The process crashes when lane 0 has sent messages and is about to move its checkpoint. The positions of
+            // the other lanes do not matter.
             let moved = async || {
                 let found = documents(&store, CHECKPOINTS).await;
                 let of_relay = found.iter().filter(|(id, _)| id.starts_with("source.relay/")).count();

@@ -1,5 +1,5 @@
-//! Names of documents are rejected if they collide, and a part of a name never matches the whole name. Also tests
-//! resets with parked messages.
+//! Names whose documents would collide are rejected, and a name never matches a longer name that begins with it. Also
+//! tests resets with parked messages.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;

@@ -188,7 +188,7 @@ async fn request_outlives_a_late_reply() {
     let operator = Operator::new(world.store.clone(), "ann");
     let stream = StreamId::from_stored("saga.trip-t");
     let request = operator.ask(&stream, OperatorAction::SkipStep, "the guest was informed").await.unwrap();
-    // The reply as an instance records it that does not carry out the request.
+    // A late reply, as recorded by an instance that does not carry out the request.
     let requested = world.history("t").await.into_iter().next_back().unwrap();
     let progress = requested.decode::<SagaEvent>().unwrap().unwrap().progress().clone();
     let reply = Reply { at: progress.at, call: 0, attempt: 1, outcome: Outcome::Failed("late".to_owned()) };

@@ -57,7 +57,7 @@ impl Desk {
         Self { store, bus, script, replies, runtime, step: Uuid::new_v4() }
     }
 
-    /// Returns a command as the relay would send it. `sent` identifies the saga's event that sent the command.
+    /// Returns a command as the relay would send it. `sent` identifies the event of the saga that contains the command.
     fn command(&self, at: StepRef, attempt: u32, sent: u128) -> Message {
         self.command_of("a", at, attempt, sent)
     }
@@ -101,8 +101,8 @@ impl Desk {
         self.restart().await;
     }
 
-    /// Removes the ledger of a trip, and records that the bank owes the work of a step that it has answered with this
-    /// outcome.
+    /// Removes the ledger of a trip, and records that the bank answered a step with this outcome but must do the work
+    /// of the step again.
     async fn lose(&self, trip: &str, at: StepRef, outcome: &Outcome) {
         let reply = Reply { at, call: 0, attempt: 1, outcome: outcome.clone() };
         let answered_at = self.answered_at(trip, at).await;
@@ -429,7 +429,7 @@ enum Kill {
 const FILE: &str = "ANNALS_OWED_FILE";
 const KILL: &str = "ANNALS_OWED_KILL";
 
-/// The work of the process to kill. In the process of the other tests, this test does nothing.
+/// The work of the process that another test kills. Without the environment variables, this test does nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn process_that_owes_work() {
     let Some(file) = env::var_os(FILE) else { return };

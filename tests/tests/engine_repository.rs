@@ -350,7 +350,7 @@ async fn invalid_ids_are_refused_without_effect() {
     assert_eq!(log(&store).await.len(), 0);
 }
 
-/// A tally with snapshots. Its state shows whether it was loaded from a snapshot.
+/// A tally with snapshots. The field `loaded` shows whether the state comes from a snapshot.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Snapped<const VERSION: i32> {
     tally: Tally,

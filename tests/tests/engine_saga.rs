@@ -83,7 +83,7 @@ async fn caller_waits_for_the_end_of_a_saga() {
         let late = sagas.wait_for_end("a", QUICK).await.unwrap_err().to_string();
         assert!(late.contains("saga.trip-a") && late.contains("it has not started"), "{late}");
         world.script.play("confirm", Play::Refuse, 1);
-        // The bus holds the messages to the bank, because the bank has been there before.
+        // The bank starts and stops once, so the bus holds later messages to the bank.
         world.start(&["bank"]).await.drain(DRAIN).await.unwrap();
         let runtime = world.start(&["shop", "hotel"]).await;
         world.request("a", Uuid::new_v4(), None).await;

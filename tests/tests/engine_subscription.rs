@@ -365,7 +365,7 @@ async fn lingering_subscription_does_not_linger_while_behind() {
     }
     let seen_all = Subscription::new("lingering", Seen { name: "lingering" });
     let running = Running::start(seen_all.linger(Duration::from_secs(3_600)), &store);
-    // The events fill two batches, and the rest goes into a third.
+    // A pause would last an hour, so all events must be handled before the first pause.
     let all = async || (seen(&store, "lingering").await.len() == 10_000).then_some(());
     eventually("all events are seen without a pause", all).await;
     running.kill().await;

@@ -96,8 +96,8 @@ async fn transfer(store: &Arc<dyn EventStore>, id: Uuid, from: &str, to: &str, a
     moved.await.unwrap().0
 }
 
-/// Moves an amount from tally `a` to tally `b` by attempts that the caller begins. Returns whether the last attempt found
-/// the events of an earlier one.
+/// Moves an amount from tally `a` to tally `b`, and begins each attempt of the transaction itself instead of calling
+/// `Transaction::run`. Returns whether the last attempt found the events of an earlier attempt.
 async fn transfer_in_attempts(store: &Arc<dyn EventStore>, id: Uuid, amount: i64) -> bool {
     let tallies = tallies(store);
     let mut transaction = Transaction::new(store.clone(), id);

@@ -220,7 +220,8 @@ async fn topic_emptied_before_its_end_loses_nothing() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
-/// A producer that may not write has a fatal error of its client. A consumer that may not read has an error of its topic.
+/// A producer without the right to write gets a fatal error from its client. A consumer without the right to read gets
+/// an error for its topic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn revoked_rights_are_reported_and_services_resume_with_them() {
     let broker = Broker::with_acls();
@@ -237,7 +238,7 @@ async fn revoked_rights_are_reported_and_services_resume_with_them() {
         add(&store, round..round + 1).await;
         let names_it = |parts: &BTreeMap<String, State>| format!("{parts:?}").to_lowercase().contains("authoriz");
         shows(runtime, "without a right", |parts| in_trouble(parts) && names_it(parts)).await;
-        // A later failure has another direct cause, and names the right as well.
+        // A later failure has another direct cause, and health still names the missing right.
         let shown_at = Instant::now();
         while shown_at.elapsed() < Duration::from_secs(1) {
             let parts = runtime.health().parts();

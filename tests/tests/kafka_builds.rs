@@ -360,7 +360,8 @@ async fn rolling_two_instances_forward_and_back_strands_nothing() {
     shop.all_followed().await;
     shop.all_viewed().await;
 
-    // The way back: the new build stops while its sagas run. What only the new build can handle waits for that build.
+    // The deployment is rolled back: the new build stops while its sagas run. Messages and events that only the new
+    // build can handle wait for that build.
     shop.world.script.play("announce", Play::Fail, ROUND as u32);
     shop.request(2).await;
     stop(new).await;

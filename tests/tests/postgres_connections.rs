@@ -32,7 +32,7 @@ struct Counted {
     opened: Arc<AtomicUsize>,
     /// Connections whose client gave up before the server had accepted them.
     half_made: Arc<AtomicUsize>,
-    /// Whether new connections are closed at once, as a proxy does when its server is down.
+    /// Whether new connections are closed at once, as by a proxy whose server is down.
     away: Arc<AtomicBool>,
 }
 

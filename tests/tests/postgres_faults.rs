@@ -266,8 +266,8 @@ async fn interrupted_migration_leaves_nothing_half_done() {
     assert!(cut > 0, "no migration was cut off: this tested nothing");
 }
 
-/// 64 tasks use one aggregate. Its commands are executed once and one after the other, no matter which sessions are
-/// terminated in between.
+/// 64 tasks execute commands on one aggregate. Each command is executed once, one after the other, no matter which
+/// sessions are terminated in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_on_one_aggregate_are_executed_once_while_sessions_end() {
     const TASKS: i64 = 64;

@@ -64,8 +64,8 @@ async fn idle_in_transaction(connection: &mut PgConnection, schema: &Schema) -> 
     sqlx::query_scalar(sql).bind(schema.name()).fetch_one(connection).await.unwrap()
 }
 
-/// Commits come one at a time, then all at once, then one at a time again. Each succeeds once, and no position is left
-/// empty.
+/// Commits come one at a time, then all at once, then one at a time again. Each commit succeeds once, and no position
+/// stays empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn lone_and_grouped_commits_alternate() {
     let schema = Schema::new();
@@ -145,7 +145,7 @@ async fn other_store_is_notified_of_each_commit() {
             let there = there.clone();
             async move { there.wait(after).await.map(|()| Instant::now()) }
         });
-        // The store has finished its first, frequent polls by then; from here on it polls once a second.
+        // After this pause, the store has finished its first, frequent polls, and polls only once a second.
         tokio::time::sleep(Duration::from_millis(1_600)).await;
         let asked = Instant::now();
         here.commit(append("thing-1", version, 1)).await.unwrap();

@@ -71,7 +71,7 @@ async fn document_with_an_unstorable_id_is_absent_for_a_handler() {
 }
 
 /// A database with a narrower character set rejects queries with characters outside that set. The error is of class 22,
-/// and the store recognizes it by the class alone.
+/// and the store recognises it by the class alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_refused_by_the_server_parks_only_its_message() {
     let name = format!("latin_{}", Uuid::new_v4().simple());

@@ -183,8 +183,8 @@ async fn ended_build_leaves_the_views_of_another_build() {
             assert_eq!((found.live, found.rebuilt, found.differences), (50, 50, 0));
             compared.discard().await.unwrap();
             right(&store, 50, 2).await;
-            // A build that is dropped removes nothing of other builds either. The views of the dropped build stay until
-            // that build counts as dead.
+            // A build that is dropped does not remove the views of another build either. The views of the dropped build
+            // stay until that build counts as dead.
             given_up.push(rebuilt.generation + 1);
             let dropped = totals().build(store.clone(), |_| {}).await.unwrap();
             totals().rebuild(store.clone()).await.unwrap();

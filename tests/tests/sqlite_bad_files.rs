@@ -92,7 +92,7 @@ async fn store_of_a_newer_build_is_refused() {
     assert_eq!(refused(&path).await, OpenError::TooNew { path: path.clone(), found: 99, known });
 }
 
-/// The file as a killed newer build leaves it. Only that newer build may recover the log next to the file.
+/// A newer build was killed while it had the file open. Only that newer build may recover the log next to the file.
 #[tokio::test]
 async fn store_that_a_newer_build_left_uncleanly_is_refused() {
     let (folder, copies) = (folder(), folder());
@@ -109,7 +109,7 @@ async fn store_that_a_newer_build_left_uncleanly_is_refused() {
     assert!(matches!(error, OpenError::TooNew { found: 99, .. }), "{error}");
 }
 
-/// The file while the newer build has it open. The new schema version is only in the log next to the file.
+/// A newer build still has the file open. The new schema version is only in the log next to the file.
 #[tokio::test]
 async fn store_open_in_a_newer_build_is_refused() {
     let folder = folder();

@@ -66,7 +66,7 @@ async fn load(file: &Path, rounds: i64, acknowledge: fn(usize, i64, i64)) {
 }
 
 /// Returns a commit with two events in the writer's own stream, one event in the shared stream, a counter, and a flag
-/// that alternate rounds put and remove.
+/// that one round puts and the next round removes.
 fn commit(writer: usize, round: i64) -> Commit {
     let event = || NewEvent {
         id: Uuid::new_v4(),

@@ -48,7 +48,8 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// The work of the limited process. When run directly, the test checks that the commits succeed if there is space.
+/// The work of the process with the limit. When run directly, the test checks that the commits succeed if there is
+/// space.
 #[test]
 fn commits_until_it_may_not() {
     match env::var_os(FILE) {

@@ -80,7 +80,7 @@ async fn odd_rows_block_no_reader() {
     assert_eq!(versions.iter().map(|event| event.version.0).collect::<Vec<_>>(), [i64::MAX]);
     assert!(store.read_stream(&stream, Version(i64::MAX), 10).await.unwrap().is_empty());
 
-    // No position is left for a new event. The store reports that, and nothing breaks.
+    // No position is left for a new event. A commit with events fails, and a commit without events still succeeds.
     let refused = store.commit(commit("b-1", 1)).await;
     assert!(matches!(refused, Err(CommitError::Unavailable(_))), "{refused:?}");
     let refused = store.commit(commit("b-1", 1)).await;

@@ -57,7 +57,7 @@ impl Crate {
         for submodule in reader.submodules {
             let stem = folder.join(submodule.last().unwrap());
             let found = [stem.with_extension("rs"), stem.join("mod.rs")].into_iter().find(|path| path.exists());
-            // A module whose file is elsewhere, named by an attribute, belongs to another package.
+            // If an attribute names a file in another folder, the module belongs to another package.
             if let Some(found) = found {
                 self.read_file(&found, submodule, name);
             }

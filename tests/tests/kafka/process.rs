@@ -35,7 +35,7 @@ pub enum Role {
 /// The point at which the process reports that it has arrived, and then waits to be killed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Point {
-    /// No point: the process does not stop on its own.
+    /// The process waits at no point.
     Nowhere,
     /// The relay has read a page, but has not sent it yet.
     Read,

@@ -34,7 +34,8 @@ pub struct Load {
     acknowledged: Arc<AtomicU64>,
 }
 
-/// The state that one writer knows to be stored: `standing` versions of its stream, and half as many of its document.
+/// The state that one writer knows to be stored: its stream has `standing` versions, and its document has half as many
+/// versions.
 struct Promise {
     name: String,
     standing: i64,

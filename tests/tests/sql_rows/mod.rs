@@ -218,8 +218,8 @@ impl Bed {
         assert_eq!(wrong, 0);
     }
 
-    /// Checks from outside, with one snapshot per check, that rows and checkpoint agree. Works only for a single lane
-    /// that parks nothing.
+    /// Checks from another session, with one snapshot per check, that rows and checkpoint agree. Works only for a
+    /// subscription with a single lane and without parked messages.
     pub fn watch(&self) -> JoinHandle<()> {
         let schema = self.schema.clone();
         tokio::spawn(async move {
