@@ -240,8 +240,9 @@ impl Operator {
     /// delivered again in order within each key.
     ///
     /// # Errors
-    /// Fails if the position is not in the log, if no subscription of the log has this name, or if the name belongs to
-    /// a read model, because a reset would apply events to the views twice. In these cases, nothing is changed.
+    /// Fails if the position is not in the log, if no subscription of the log has this name, if more messages are
+    /// parked after the position than one commit can remove, or if the name belongs to a read model, because a reset
+    /// would apply events to the views twice. In these cases, nothing is changed.
     pub async fn reset(&self, subscription: &str, to: Position, reason: &str) -> Result<(), OperatorError> {
         let head = self.store.status().await?.head;
         if to < Position::START {
@@ -302,8 +303,8 @@ impl Operator {
         Ok(rebuild.swap_with(vec![append]).await?)
     }
 
-    /// Requests an operation on a stuck saga. The service that runs the saga executes or declines the operation, at
-    /// once or at the next start of the service. The answer is the first [`SagaEvent::Operated`] or
+    /// Requests an action on a stuck saga. The service that runs the saga carries out the action or declines the
+    /// request, at once or at the next start of the service. The answer is the first [`SagaEvent::Operated`] or
     /// [`SagaEvent::Declined`] in the stream of the saga after the version that this method returns.
     pub async fn ask(&self, saga: &StreamId, verb: OperatorAction, reason: &str) -> Result<Version, OperatorError> {
         self.again(async || {
@@ -353,8 +354,8 @@ impl Operator {
     }
 
     /// Waits until the service of a saga has answered the request that is recorded at this version, and returns the
-    /// answer: [`SagaEvent::Operated`] or [`SagaEvent::Declined`]. The method waits without a limit, because the service
-    /// may not be running.
+    /// answer: [`SagaEvent::Operated`] or [`SagaEvent::Declined`]. The method waits without a limit, because the
+    /// service may not be running.
     pub async fn answer(&self, saga: &StreamId, request: Version) -> Result<SagaEvent, OperatorError> {
         let mut after = request;
         loop {

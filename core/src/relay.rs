@@ -115,8 +115,8 @@ impl Relay {
 
     /// Sets the number of lanes that are published in parallel: 1 by default, at most 1,000. Each lane has its own
     /// checkpoint. The store records the number. When the number changes, the old lanes first publish all events
-    /// recorded so far, because receivers recognise a repeated message by its lane. All relays with the old number must
-    /// have stopped before that.
+    /// recorded so far, because receivers recognise a repeated message by its lane. With several instances, the change
+    /// begins once the last instance with the old number has stopped.
     pub fn lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes.clamp(1, LANES_MAX);
         self
@@ -461,8 +461,8 @@ impl Publication<'_> {
                 () = tokio::time::sleep_until(self.stalls_at), if waits => self.stalls_at = stall(self.worker),
                 () = self.shutdown.cancelled(), if !stopping => {}
                 () = self.claim.ends(), if !stopping => {}
-                // Consumers in this process stop too. Messages that no consumer handles any more are published again
-                // after the next start.
+                // Consumers in this process stop too, so a receipt may never arrive. Messages that no consumer handles
+                // any more are published again after the next start.
                 () = tokio::time::sleep_until(self.patient_until), if stopping => break,
             }
         }

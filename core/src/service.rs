@@ -42,7 +42,7 @@ const WATCH: Duration = Duration::from_secs(1);
 /// How long aborted parts may take to end. Each aborted part ends at its next await.
 const CUT_OFF: Duration = Duration::from_secs(1);
 
-/// The definition of a service, before its start.
+/// The definition of a service that has not been started yet.
 ///
 /// Services communicate only through the bus. Several services in one process may share a store, because each service
 /// reads and writes only its own categories.
@@ -493,8 +493,8 @@ impl Runtime {
     /// The services on one store read the end of the log together, through one [`Tail`].
     ///
     /// # Errors
-    /// Fails if a name is not valid or is used twice, if the bus cannot be joined, or if a store is incomplete. In
-    /// these cases, nothing is started.
+    /// Fails if a name is not valid or is used twice, if the bus cannot be joined, if a store is incomplete, or for
+    /// another reason that [`StartError`] lists. In these cases, nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
         self.check_names(&services)?;
         let mut names = self.names.clone();
@@ -576,7 +576,8 @@ impl Runtime {
         Ok(())
     }
 
-    /// Returns the tail of a store. All services on this store share the tail, so that they read the end of the log once.
+    /// Returns the tail of a store. All services on this store share the tail, so that they read the end of the log
+    /// once.
     async fn tail_of(&mut self, store: &Arc<dyn EventStore>) -> Result<Arc<dyn EventStore>, StoreError> {
         if let Some((_, tail)) = self.tails.iter().find(|(known, _)| Arc::ptr_eq(known, store)) {
             return Ok(tail.clone());

@@ -18,7 +18,8 @@ use crate::{
     store::clock::Clock,
 };
 
-/// A durable log and a set of documents. The test suite `annals_conformance::store` defines what an implementation must do.
+/// A durable log and a set of documents. The test suite `annals_conformance::store` defines what an implementation must
+/// do.
 ///
 /// Every method may be called from many tasks at once, and every future may be dropped at any point: a
 /// [`commit`](EventStore::commit) whose future is dropped still happens as a whole or not at all.

@@ -3,7 +3,7 @@
 //! serde_json writes a number that is not finite as `null`, and reads an integer beyond 64 bits into a [`Value`] as the
 //! nearest `f64`. In neither case does serde_json report an error. This module refuses numbers that are not finite, and
 //! keeps integers beyond 64 bits exact. (The feature `arbitrary_precision` of serde_json would keep such integers exact
-//! too, but would break numbers in flattened and untagged types of the whole program.)
+//! too, but would break numbers in flattened and untagged types throughout the program.)
 
 use std::{collections::HashSet, fmt, io, ops::Range};
 

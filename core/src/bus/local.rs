@@ -113,8 +113,8 @@ impl LocalBus {
     }
 
     /// Sets a prefix for the names of all topics and consumer groups of this handle, so that several installations can
-    /// share one bus. The default is no prefix. The prefix exists only on the bus: names in calls and in deliveries have
-    /// no prefix. The bus on Kafka has the same setting.
+    /// share one bus. The default is no prefix. The prefix exists only on the bus: names in calls and in deliveries
+    /// have no prefix. The bus on Kafka has the same setting.
     ///
     /// ```
     /// use annals::{Bus, LocalBus};
@@ -136,8 +136,8 @@ impl LocalBus {
         self.handle.0.with(|state, _| state.held(&topic)).unwrap_or(0)
     }
 
-    /// Drops all messages of the bus, whatever their prefix. From now on, every call and every receipt, including those already waiting, fails with
-    /// [`BusError::Unavailable`].
+    /// Drops all messages of the bus, whatever their prefix. From now on, every call and every receipt, including those
+    /// already waiting, fails with [`BusError::Unavailable`].
     pub fn close(&self) {
         self.handle.0.close();
     }

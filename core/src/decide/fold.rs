@@ -90,8 +90,9 @@ impl<A: Aggregate> Folds<A> {
         StreamId::new(&self.category, id)
     }
 
-    /// Returns the folded aggregate from the cache. If the cached state is outdated, the missing events are read and
-    /// applied first.
+    /// Returns the folded aggregate, from the cache if possible. If the state is not in the cache, or if `stale` is
+    /// true, the missing events are read and applied first. With `expect_new`, a state that is not in the cache counts
+    /// as the initial state, unless `stale` is true.
     pub(crate) async fn folded(
         &self,
         store: &dyn EventStore,

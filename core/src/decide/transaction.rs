@@ -61,9 +61,10 @@ impl Transaction {
     }
 
     /// Stages work with `stage` and commits the work. `stage` receives an empty unit of work, and returns the staged
-    /// work and a result. If another writer commits first, `stage` runs again on the current state, at most
-    /// [`DECISIONS_MAX`](crate::repository::DECISIONS_MAX) times. `stage` must therefore have no other effects. Returns
-    /// the result of `stage` for the committed work, together with the positions and versions of the commit.
+    /// work and a result. If another writer commits first, `stage` runs again on the current state, and runs at most
+    /// [`DECISIONS_MAX`](crate::repository::DECISIONS_MAX) times in total. `stage` must therefore have no other
+    /// effects. Returns the result of `stage` for the committed work, together with the positions and versions of the
+    /// commit.
     ///
     /// If the outcome of an attempt is unknown, the next attempt first finds out whether the earlier attempt was
     /// committed, so nothing is committed twice.

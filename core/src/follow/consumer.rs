@@ -1,5 +1,5 @@
-//! Consumers of a bus. The effects of each polled batch are stored in one commit, together with the offsets of the
-//! batch.
+//! Consumers of a bus. The effects of each polled batch are stored together with the offsets of the batch, usually in
+//! one commit.
 
 use std::{
     collections::{BTreeSet, HashMap},

@@ -37,8 +37,8 @@ impl LaneLease {
     }
 
     /// Waits until the lane is assigned to this instance, and is neither paused nor held by another living instance.
-    /// When this method returns, `worker` has loaded the checkpoint. The worker claims the lane with its next commit or
-    /// with [`hold`](Claim::hold).
+    /// When this method returns, `worker` has loaded the checkpoint. The caller then claims the lane with
+    /// [`hold`](Self::hold).
     pub async fn turn(&self, worker: &mut Worker, shutdown: &CancellationToken) -> Result<Turn, Stop> {
         loop {
             if let Some(instance) = &self.instance {
@@ -68,7 +68,8 @@ impl LaneLease {
         }
     }
 
-    /// Claims the lane at this position and fences the previous holder.
+    /// Claims the lane at this position and fences the previous holder. Does nothing in a process that does not share
+    /// its store; there, the first commit of the worker fences an earlier worker.
     pub async fn hold(&self, worker: &mut Worker, next: i64) -> Result<(), Stop> {
         let Some(instance) = &self.instance else { return Ok(()) };
         let lane = &mut worker.lanes[0];

@@ -43,7 +43,9 @@ pub struct Parked {
     pub key: Arc<str>,
     /// The reason for the last failure; empty for a message that only waits behind another message.
     pub reason: String,
-    /// How many times the handler was called for the message.
+    /// The number of failed attempts to handle the message; 0 for a message that only waits behind another message. An
+    /// attempt during which the store was unavailable does not count, and the count starts again once a build can
+    /// handle the message.
     pub attempts: u32,
     /// Whether the message waits for another build, because the build that parked the message cannot handle it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

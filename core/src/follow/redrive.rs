@@ -21,7 +21,8 @@ use crate::{
 /// How often the list of parked messages is read again. In the meantime, an operator may have dropped messages, or a
 /// worker that had lost its lane without noticing may have redriven messages.
 const RECONCILE: Duration = Duration::from_secs(10);
-/// The number of parked keys examined in one tick.
+/// The maximum number of keys that one tick tries before they are due, and the number of due documents that one tick
+/// scans at first. More documents are scanned if none of them belongs to this worker.
 const DUE_PAGE: usize = 64;
 
 /// The number of documents that are scanned at once for messages that wait for a build. More documents are scanned if

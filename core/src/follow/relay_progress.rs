@@ -43,7 +43,8 @@ impl RelayProgress {
                 .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
             let (lanes, taken) = services.entry(service.to_owned()).or_default();
             lanes.insert(lane, Position(checkpoint.next));
-            // The checkpoint of every lane records the ends up to which the bus has accepted the messages of its process.
+            // The checkpoint of every lane records the ends up to which the bus has accepted the messages of its
+            // process.
             taken.reach(&checkpoint.taken);
         }
         let names = LogNames::of(store).await?;

@@ -200,7 +200,7 @@ pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> 
                 live.id
             )));
         }
-        // Views without a version were built by a release without versions.
+        // Views without a version were built by a release without versions, and count as version 1.
         let version = if is_kept { 1 } else { version };
         let pointer = Pointer { version: pointer.version.or(Some(version)), ..pointer };
         let mut puts = vec![pointer_at(model, &pointer, at)];

@@ -196,7 +196,7 @@ impl<R: ReadModel> Projection<R> {
     }
 
     /// Maintains the live views, rebuilds them or waits, depending on the versions of the live views and of this build.
-    /// Returns when another generation becomes live.
+    /// Returns when another generation becomes live, or when `shutdown` is cancelled.
     async fn keep(
         &self,
         store: &Arc<dyn EventStore>,
@@ -287,8 +287,8 @@ impl<R: ReadModel> Projection<R> {
     }
 
     /// Rebuilds all views next to the live views, and returns once the new views have caught up with the log. The
-    /// caller compares the result with the live views, and then swaps or discards it. During the build, `on_progress` is
-    /// called with each position that the build reaches.
+    /// caller compares the result with the live views, and then swaps or discards it. During the build, `on_progress`
+    /// is called with each position that the build reaches.
     ///
     /// # Errors
     /// Fails if the store is unavailable, or if more events fail than a build may park.

@@ -197,8 +197,8 @@ impl Rebuild {
         Ok(Self { store, model, build, builder, before, accepts_parked, accepts_older, follows, done })
     }
 
-    /// Returns once the build has handled all events that were recorded before the call. Until then, calls `on_progress` with
-    /// each position of the log that the build reaches.
+    /// Returns once the build has handled all events that were recorded before the call. Until then, calls
+    /// `on_progress` with each position of the log that the build reaches.
     ///
     /// # Errors
     /// Fails if the store is unavailable for a minute, if another process has ended the build because of missing
@@ -272,9 +272,9 @@ impl Rebuild {
         Ok((found.len(), first))
     }
 
-    /// Compares the live views with the rebuilt views, and calls `on_difference` for each view that differs. Both sides may
-    /// still be changing. A view whose values differ is therefore read again until both sides are at the same position.
-    /// If that never happens, the difference is reported and counted as uncertain.
+    /// Compares the live views with the rebuilt views, and calls `on_difference` for each view that differs. Both sides
+    /// may still be changing. A view whose values differ is therefore read again until both sides are at the same
+    /// position. If that never happens, the difference is reported and counted as uncertain.
     ///
     /// # Errors
     /// Fails if the store cannot be read, or if other views are swapped in during the comparison.

@@ -11,12 +11,12 @@ use crate::{
     event::{Event, named_id},
 };
 
-/// How long a step waits for replies before the saga asks the participants again.
+/// The default time that a step waits for replies before the saga asks the participants again.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The default number of attempts before a step is given up.
 pub const ATTEMPTS_MAX: u32 = 8;
-/// The delay before the second attempt at a failed step. The delay doubles with each further attempt, up to
-/// [`RETRY_DELAY_MAX`].
+/// The longest delay before the second attempt at a failed step. The delay doubles with each further attempt, up to
+/// [`RETRY_DELAY_MAX`]. Jitter shortens each delay by up to a half.
 pub const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 /// The longest delay before a failed step is attempted again.
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(60);
@@ -317,8 +317,9 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
     /// Returns the definition.
     ///
     /// # Panics
-    /// Panics if the plan contains a mistake: two steps have the same name, or the name of the saga contains anything
-    /// other than the characters of a category (lower-case letters, digits, `.` and `_`).
+    /// Panics if the plan contains a mistake: two steps have the same name, or the name of the saga is empty, is too
+    /// long for a category, or contains anything other than the characters of a category (lower-case letters, digits,
+    /// `.` and `_`).
     pub fn build(mut self) -> Saga<C> {
         let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
         let fault = if self.saga.name.is_empty() { Err("the name is empty".to_owned()) } else { fault };

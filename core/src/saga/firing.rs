@@ -1,5 +1,5 @@
-//! Finds the documents of sagas that are due, because of a timer or of an operator's request, and passes the timer or the
-//! request to the saga.
+//! Finds the documents of sagas that are due, because of a timer or of an operator's request, and passes the timer or
+//! the request to the saga.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -82,8 +82,8 @@ type Origin = (StreamId, Metadata);
 
 impl<C: SagaState> Sagas<C> {
     /// Waits for `begin`, and then passes due timers and requests to their sagas until `shutdown` is cancelled.
-    /// `relayed_by` names the service whose relay publishes the commands. If `relayed_by` is given, a timer does not fire
-    /// before the bus has accepted the commands to which the saga awaits a reply.
+    /// `relayed_by` names the service whose relay publishes the commands. If `relayed_by` is given, a timer does not
+    /// fire before the bus has accepted the commands to which the saga awaits a reply.
     pub(crate) async fn timers(
         self,
         relayed_by: Option<String>,

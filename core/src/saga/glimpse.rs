@@ -5,8 +5,8 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny},
 };
 
-/// The fields that the events of sagas share. A reader names the types of the fields that it needs. The other fields are
-/// skipped: [`IgnoredAny`] stores nothing.
+/// The fields that the events of sagas share. A reader names the types of the fields that it needs. The other fields
+/// are skipped: [`IgnoredAny`] stores nothing.
 ///
 /// ```
 /// use annals::saga::{CurrentStep, Glimpse};

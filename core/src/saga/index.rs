@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// Reads the events of sagas and keeps a document for each saga. The document is stored in the collection `saga.<name>`
-/// under the saga's id, and is due when the saga's next timer is due, or at once if an operator has requested an action.
-/// If one batch contains several events of a saga, the document is written once.
+/// under the saga's id, and is due when the saga's next timer is due, or at once if an operator has requested an
+/// action. If one batch contains several events of a saga, the document is written once.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     timers: Timers,

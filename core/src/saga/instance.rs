@@ -196,7 +196,8 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
                 let taken = take_reply(reply.clone(), definition, ask, context, &progress);
                 taken.map_err(SagaRefusal::Illegal)?.map(|(reply, moved)| {
                     let Transition { context, progress, send, gave_up, fault, .. } = moved;
-                    // A late reply to a stuck saga does not answer the operator, so the request comes first.
+                    // A late reply does not answer the request of an operator. While a request waits, the document of
+                    // the saga therefore stays due, and the saga does not go on by itself.
                     let progress = match self.request {
                         Some(_) => marked(progress, ask.now),
                         None => {

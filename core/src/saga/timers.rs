@@ -1,4 +1,5 @@
-//! The timers of sagas that this process remembers: when the document of a saga becomes due, for whatever reason.
+//! The timers of sagas that this process remembers. A timer is the time at which the document of a saga becomes due,
+//! because of a step, of the saga's deadline or of an operator's request.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -12,7 +13,7 @@ use super::progress::Fault;
 /// The maximum number of timers that a process remembers, at about 200 bytes each. The store has all timers. A timer
 /// that is not remembered fires in the store's order, after the timers that were due before it.
 const KNOWN_MAX: usize = 20_000;
-/// The maximum number of sagas that are remembered for each service that has not answered them.
+/// The maximum number of sagas that are remembered, for each service, as not answered by the service.
 const SILENT_MAX: usize = 1_000;
 
 /// The timers that this process remembers. Clones share the same timers.

@@ -96,8 +96,8 @@ impl Clock {
         Asked(steady_microseconds())
     }
 
-    /// Applies the answer of the store, whose time was `server_time` at some moment since [`ask`](Clock::ask). The clock
-    /// moves only as far as needed to agree with the answer, so a slow answer does not move a correct clock.
+    /// Applies the answer of the store, whose time was `server_time` at some moment since [`ask`](Clock::ask). The
+    /// clock moves only as far as needed to agree with the answer, so a slow answer does not move a correct clock.
     pub fn answered(&self, asked: Asked, server_time: DateTime<Utc>) {
         self.correct(asked.0, steady_microseconds(), server_time.timestamp_micros());
     }

@@ -42,7 +42,8 @@ pub fn history<'a>(
     pages.try_flatten().boxed()
 }
 
-/// Reads the documents of a collection with ids above `after`, in byte order. Start with `""`. Holds one page in memory.
+/// Reads the documents of a collection with ids above `after`, in byte order. Start with `""`. Holds one page in
+/// memory.
 pub fn collection<'a>(
     store: &'a dyn EventStore,
     collection: &'a str,

@@ -100,7 +100,8 @@ impl Recent {
             self.extend(events, next);
         }
         if self.ahead.len() > COMMITS_AHEAD_MAX {
-            // Events of another writer are missing in between. The next read of the store returns all these events.
+            // Events of another writer, which precede these commits, are still missing. The next read of the store
+            // returns all these events.
             self.ahead.clear();
         }
         while self.events.len() > EVENTS_MAX || self.bytes > BYTES_MAX {
