@@ -4,7 +4,7 @@
 //! A visible event is durable on its server, but can still be gone a moment later, when a standby that lagged becomes
 //! the primary, or when the database is restored to an earlier moment. An open session never sees such a change,
 //! because every session ends with its server. Each new session (behind a pooler, each transaction) is therefore
-//! checked against the known log before the session is used for anything else. If the log is a different one, the
+//! checked against this identity before the session is used for anything else. If the log is a different one, the
 //! *history* gets a new number. Everything that began or was read under an older number is then void: proofs that a gap
 //! is settled, positions, caches, and waiting commits.
 
@@ -123,8 +123,8 @@ impl History {
         }
     }
 
-    /// Checks a session's answer (see `session.sql`) against the known log, and returns the number of the history that
-    /// the session reads. `asked` is the event that was looked up.
+    /// Checks a session's answer (see `session.sql`) against the known identity of the log, and returns the number of
+    /// the history that the session reads. `asked` is the event that was looked up.
     pub(crate) fn check(&self, asked: Asked, row: &PgRow, purpose: Purpose) -> Result<u64, sqlx::Error> {
         if row.try_get(0)? {
             return Err(not_primary("the server is a standby (in recovery)"));

@@ -151,7 +151,7 @@ struct Shared {
     queue: RwLock<Option<mpsc::Sender<Submission>>>,
     in_flight: Arc<InFlight>,
     inline: InlineWriter,
-    /// How the writer ended.
+    /// How the writers ended.
     ended: watch::Receiver<Option<Result<(), String>>>,
     readers: Readers,
     streams: Streams,

@@ -78,7 +78,8 @@ pub struct Settings {
     /// the schema if it is missing. The parameter `?schema=NAME` in the URL takes precedence over this setting.
     pub schema: String,
     /// The maximum number of connections that serve reads. Up to three more connections write, and one notifies other
-    /// processes and receives their notifications.
+    /// processes and receives their notifications. Behind a pooler, one connection notifies other processes, and
+    /// another connection polls for their events.
     pub connections: u32,
 }
 
@@ -327,8 +328,8 @@ impl Database {
     }
 
     /// Finds functions that still use the schema's former name, which may belong to another store by now. With
-    /// `create`, this method rewrites these functions. Without `create`, or without permission, it refuses the schema
-    /// before anything is written.
+    /// `create`, this method rewrites these functions. Without `create`, or without permission, this method refuses the
+    /// schema before anything is written.
     async fn check_functions(&self, connection: &mut PgConnection, create: bool) -> Result<(), OpenError> {
         let failed = |error: sqlx::Error| open_error(&error);
         let schema = &self.settings.schema;
@@ -378,8 +379,8 @@ impl Database {
         if self.pooled { self.options.clone() } else { self.options.clone().options(purpose.settings()) }
     }
 
-    /// Opens a session, and returns it with the number of the history that the session reads. Behind a pooler, not the
-    /// session but each transaction is checked against the history; see [`begin`](Self::begin).
+    /// Opens a session, and returns it with the number of the history that the session reads. Behind a pooler, each
+    /// transaction is checked against the history instead of the session; see [`begin`](Self::begin).
     pub(crate) async fn connect(&self, purpose: Purpose) -> Result<(u64, PgConnection), sqlx::Error> {
         let mut connection = self.options_for(purpose).connect().await?;
         let history = match self.pooled {
@@ -442,8 +443,8 @@ impl Database {
         self.history.check(asked, rows.last().ok_or(sqlx::Error::RowNotFound)?, purpose)
     }
 
-    /// Returns the connection that notifies other processes and receives their notifications. The connection is a pool,
-    /// because sqlx's listener requires a pool.
+    /// Returns a pool with the single connection that notifies other processes and receives their notifications. sqlx's
+    /// listener requires a pool.
     pub(crate) fn listener(&self) -> PgPool {
         PgPoolOptions::new()
             .max_connections(1)

@@ -46,7 +46,7 @@ impl Streams {
         limit: usize,
     ) -> StreamRead {
         loop {
-            // The guard is declared before the receiver, so that it is dropped after the receiver.
+            // The guard is declared before the receiver, so that the receiver is dropped first.
             let mut place = Place { streams: self, answered: false };
             let (answer, mut answered) = oneshot::channel();
             self.waiting().push_back(Wanted { stream: stream.clone(), after, limit, answer });

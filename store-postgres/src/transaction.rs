@@ -28,8 +28,8 @@ const SAVEPOINTS_MAX: u64 = 32;
 const RACES_MAX: u32 = 4;
 
 /// The settings for the user's SQL. They let the server plan the user's SQL as usual, whereas the store's own SQL uses
-/// only index seeks. They also limit the duration of a statement, the wait for a lock, and the time for which the server
-/// keeps an idle transaction, for example while a batch waits for an unavailable store.
+/// only index seeks. They also limit the duration of a statement, the wait for a lock, and the time for which the
+/// server keeps an idle transaction, for example while a batch waits for an unavailable store.
 const SETTINGS_OF_USER: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
      SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on; SET LOCAL plan_cache_mode = auto; \
      SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'; \
