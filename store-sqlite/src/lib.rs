@@ -94,12 +94,12 @@ struct Shared {
 }
 
 impl SqliteStore {
-    /// Opens a file, or creates the file if it is missing.
+    /// Opens a file. Creates the file if it is missing, and migrates a file that an older build wrote.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         Self::open_with(path, Settings::default()).await
     }
 
-    /// Opens the file of a store URL (`sqlite:PATH`), or creates the file if it is missing.
+    /// Opens the file of a store URL (`sqlite:PATH`), as [`open`](Self::open) does.
     pub async fn open_url(url: &str) -> Result<Self, OpenError> {
         let path = url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
         match path {
@@ -108,7 +108,7 @@ impl SqliteStore {
         }
     }
 
-    /// Opens a file with these settings, or creates the file if it is missing.
+    /// Opens a file with these settings, as [`open`](Self::open) does.
     pub async fn open_with(path: impl AsRef<Path>, settings: Settings) -> Result<Self, OpenError> {
         Self::start(Database::locate(path.as_ref(), settings, true)?).await
     }
