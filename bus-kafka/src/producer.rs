@@ -38,9 +38,9 @@ const KNOWN_MS: u64 = 10_000;
 /// A broker is distant if a request takes longer than this.
 const DISTANT: Duration = Duration::from_millis(2);
 /// The number of clients of a producer whose brokers are distant. A client has at most five requests in flight to a
-/// broker, and each request carries messages of one partition. With a single client, a service that sends to five topics
-/// of eight partitions each would therefore wait several round trips. Nearby brokers answer so fast that more clients
-/// would only cost threads and connections.
+/// broker, and each request carries messages of one partition. With a single client, a service that sends to five
+/// topics of eight partitions each would therefore wait several round trips. Nearby brokers answer so fast that more
+/// clients would only cost threads and connections.
 const DISTANT_CLIENTS: usize = 8;
 /// The maximum number of messages that wait in the clients of a producer.
 const MESSAGES_MAX: usize = 100_000;
@@ -120,7 +120,7 @@ impl Gate {
         Arc::new(Self { client, under_way: AtomicUsize::new(0), acknowledged_ms: AtomicU64::new(0) })
     }
 
-    /// Returns whether a message may pass now. Acknowledgements from before the client's last error do not count.
+    /// Returns whether a message may pass now. Acknowledgements from before the last error of any client do not count.
     fn pass(&self, now_ms: u64, erred_ms: u64) -> bool {
         let acknowledged_ms = self.acknowledged_ms.load(Ordering::Acquire);
         if acknowledged_ms > erred_ms && now_ms.saturating_sub(acknowledged_ms) < KNOWN_MS {
@@ -165,8 +165,8 @@ struct SendContext {
     /// predecessors and successors.
     taken: Arc<Mutex<Ends>>,
     started_at: Instant,
-    /// The time of the client's last error, such as a lost connection, in milliseconds since the start. A broker that
-    /// comes back after an error may have lost its data.
+    /// The time of the last error of any client, such as a lost connection, in milliseconds since the start. A broker
+    /// that comes back after an error may have lost its data.
     erred_ms: AtomicU64,
     gates: Mutex<HashMap<Arc<str>, Gates>>,
 }

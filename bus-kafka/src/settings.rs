@@ -35,9 +35,10 @@ const PREFIX_MAX: usize = 100;
 const PARTITIONS_MAX: u32 = 10_000;
 
 /// The address of a Kafka cluster, and how to use the cluster. The settings can be parsed from a URL of the form
-/// `kafka://host:port[,host:port][?name=value&…]`, where each name is `prefix`, `partitions`, `replication`, `retention.ms`,
-/// or a librdkafka setting such as `security.protocol`. Values are percent-encoded. The value of a librdkafka setting can
-/// also come from a file or an environment variable: `sasl.password_file=PATH`, `sasl.password_env=VARIABLE`.
+/// `kafka://host:port[,host:port][?name=value&…]`, where each name is `prefix`, `partitions`, `replication`,
+/// `retention.ms`, or a librdkafka setting such as `security.protocol`. Values are percent-encoded. The value of a
+/// librdkafka setting can also come from a file or an environment variable: `sasl.password_file=PATH`,
+/// `sasl.password_env=VARIABLE`.
 ///
 /// ```
 /// let settings: annals_kafka::Settings = "kafka://a:9092,b:9092?partitions=12&replication=3&sasl.password=p%26q".parse()?;
