@@ -4,7 +4,7 @@ use clap::Args;
 
 use crate::store::StoreUrl;
 
-/// The store, and the form of the output.
+/// The store, and the output format.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CommonArgs {
     /// The store: `sqlite:PATH` or `postgres://user@host/database`. A password can come from a file or from the

@@ -125,7 +125,7 @@ pub(crate) fn one_line(text: &str) -> String {
     shown(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Returns the start of a string, on one line.
+/// Returns the start of a string without line breaks.
 pub(crate) fn short(text: &str, chars_max: usize) -> String {
     let one_line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(chars_max + 1).collect();
     if one_line.chars().count() <= chars_max {

@@ -73,7 +73,7 @@ async fn replay_to_topic_sends_relay_messages_and_consumers_skip_duplicates() {
     let sent = topic::all(&broker.address(), "agency.events");
     assert_eq!(sent.len(), TRIPS.len());
 
-    // A consumer of this library, which has handled all messages.
+    // A service with a consumer of this library handles all messages.
     let watcher: Arc<dyn EventStore> = Arc::new(SqliteStore::open(place.file("watcher.db")).await.unwrap());
     let mut runtime = Runtime::new();
     let service = Service::new("watcher", watcher.clone()).consume(Group::new("watcher", &["agency.events"], Counting));
@@ -104,7 +104,7 @@ async fn replay_to_topic_sends_relay_messages_and_consumers_skip_duplicates() {
     second.sort();
     assert_eq!(second, first, "its lane included");
 
-    // The consumer has reached the end of the topic without counting any message again.
+    // The consumer passes the repeated messages without counting any of them again.
     until("it has passed the replayed ones", || async { passed(&*watcher).await == both.len() as i64 }).await;
     runtime.drain(DRAIN).await.unwrap();
     let seen = seen(&*watcher).await;

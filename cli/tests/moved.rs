@@ -247,7 +247,8 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     let file = file.to_str().unwrap();
     let archive = ["archive", file, "--category", "saga.journey,trip", "--quiet-for", "0s"];
     let done = &place.annals(&[&archive[..], &["--json"]].concat()).json()[0];
-    // A stuck saga has not ended, so it is left out. A trip counts as finished by its age alone.
+    // The archive leaves out the stuck saga, because the saga has not ended. A trip counts as finished by its age
+    // alone.
     assert_eq!(done["streams"], (travel::TRIPS.len() - 1) + travel::TRIPS.len());
     assert!(place.annals(&archive).refused().contains("exists already"));
     for stream in ["saga.journey-fine-1", "saga.journey-poor-1", "trip-odd-1"] {
@@ -309,7 +310,7 @@ async fn interrupted_archive_resumes_with_the_same_streams() {
     let go_on = ["archive", half.to_str().unwrap(), "--resume"];
     let export = annals(&source, &["export", half.to_str().unwrap(), "--resume"]).refused();
     assert!(export.contains("is an archive, not an export: continue the file with `archive --resume`"), "{export}");
-    // A stream gets another event, so the file would hold only the first half of the stream.
+    // An archived stream gets another event, so a resumed archive would lack the end of this stream.
     let store = SqliteStore::open(&source).await.unwrap();
     store.commit(commit("thing-other", 7_000, 1)).await.unwrap();
     store.close().await.unwrap();

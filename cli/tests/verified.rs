@@ -282,7 +282,7 @@ async fn each_seal_follows_the_previous_seal() {
             .any(|fault| fault.contains("the seal does not follow the previous seal: a seal was changed or removed")),
         "{found:#?}"
     );
-    // The seals move with the store.
+    // An export and an import keep the seals.
     let file = place.file("moved.ndjson.zst");
     place.annals(&["export", file.to_str().unwrap()]).fine();
     let target = place.file("moved.db");

@@ -53,7 +53,7 @@ pub(crate) struct ArchiveArgs {
     /// Only streams whose last event is older than this, such as 12h, 90d.
     #[arg(long, value_name = "DURATION", required_unless_present = "resume")]
     quiet_for: Option<Span>,
-    /// Continue an interrupted file with the streams that it was started with.
+    /// Continue an interrupted file with the streams that the first run selected.
     #[arg(long, conflicts_with_all = ["category", "quiet_for"])]
     resume: bool,
 }
@@ -128,8 +128,8 @@ async fn begun(
     Ok(Some((writer, header, finished)))
 }
 
-/// Resumes a file with the streams that it was started with. If the file got other streams, it would hold only the
-/// second half of some of them.
+/// Resumes an interrupted file with the streams that the first run selected. Of any other stream, the file would hold
+/// only a part of the events.
 async fn resumed(path: &Path, store: &Store) -> Result<(ExportWriter, Header, FinishedStreams), Failure> {
     let shown = path.display();
     let Some((writer, header)) = ExportWriter::resume(path)? else {

@@ -362,14 +362,15 @@ impl Plan {
         Ok(Self { services, relayed, names, names_version, recovery, recovery_version, resumes, head: head.0 })
     }
 
-    /// Returns whether a recovery was started earlier, or the topics hold messages that the log lacks, judged by the
-    /// positions of the messages and the names of their logs.
+    /// Returns whether a recovery was started earlier, or whether the topics hold messages that the log lacks. The log
+    /// lacks a message if the message names a log that the store does not list, or has a position beyond the end of the
+    /// log.
     fn is_behind(&self, found: &Found) -> bool {
         let is_ahead = |(log, (_, last)): (&String, &(i64, i64))| !self.names.knows(log) || *last > self.head;
         self.resumes || found.logs.iter().any(is_ahead)
     }
 
-    /// Returns the logs that the store does not know, in the order of their positions.
+    /// Returns the logs in the topics that the store does not list, in the order of their first positions.
     fn unknown_logs(&self, found: &Found, anew: bool) -> Result<Vec<(String, i64)>, Failure> {
         let unknown = found.logs.iter().filter(|(log, _)| !self.names.knows(log));
         let mut unknown: Vec<_> = unknown.map(|(log, (first, last))| (log.clone(), *first, *last)).collect();

@@ -87,7 +87,7 @@ async fn range(arguments: &ReplayArgs, archive: &dyn Archive) -> Result<(i64, i6
     Ok((first, last))
 }
 
-/// Opens the target. A dry run opens only a topic or a handler, to check that they are there.
+/// Opens the target. A dry run opens a topic or a handler too, to check that it exists, but opens no file.
 async fn open<'a>(
     arguments: &ReplayArgs,
     store: &Store,

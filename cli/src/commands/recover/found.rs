@@ -117,8 +117,8 @@ impl Search<'_> {
                 window.pop_first();
             }
         } else if !is_own {
-            // A redriven event carries no lane, but the service's own topic shows where the event came from. For any
-            // other message without a lane, the sender is uncertain.
+            // The message of a redriven event has no lane, but in the service's own topic the sender is certain anyway.
+            // The sender of any other message without a lane is uncertain.
             return Ok(());
         }
         found.positions.push(position.0);

@@ -1,6 +1,6 @@
-//! Finds work that a participant has to do again. An answer to a saga can be taken back from a topic, while other
-//! events of the same commit may be lost. The service then does the work of that answer again at its next start. This
-//! module looks up the commands for that work.
+//! Finds work that a participant has to do again. A recovery can copy an answer to a saga from a topic into the log,
+//! although other events of the same commit may be lost. At its next start, the service then does the work of that
+//! answer again. This module looks up the commands for that work.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

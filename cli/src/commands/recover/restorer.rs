@@ -33,8 +33,8 @@ pub(super) struct Counts {
     /// Answers to sagas that were taken back although other work of the same commit may be lost. The services do that
     /// work again when they start.
     pub done_again: u64,
-    /// Steps of sagas whose commands are in the topics, but whose events are not. The events that started those sagas
-    /// start them again.
+    /// Steps of sagas that have a command but no event in the topics. The event that started such a saga starts the
+    /// saga again.
     pub saga_steps: u64,
     /// Messages that cannot be taken back.
     pub lost: u64,

@@ -22,9 +22,9 @@ pub(crate) struct Entry {
     pub at: DateTime<Utc>,
     /// The type of the event, such as `saga.replied`.
     pub event: String,
-    /// The status after the event.
+    /// The status of the saga after the event.
     pub status: String,
-    /// The step after the event.
+    /// The step of the saga after the event.
     pub step: String,
     /// The number of attempts at the step, after the event.
     pub attempt: u32,

@@ -91,7 +91,7 @@ pub(super) struct Seals {
     last: Option<(i64, String)>,
     /// The events after the last seal seen.
     events: Vec<CheckedEvent>,
-    /// Seals that will be written.
+    /// The seals that this run will write.
     added: Vec<Put>,
     broken: bool,
 }

@@ -1,4 +1,4 @@
-//! The topics that are compared with the log. Each topic is read up to its end at its first mention.
+//! The topics that are compared with the log. Each topic is read up to the end that it had when it was first opened.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -83,8 +83,8 @@ impl Topics {
         begins.is_some_and(|begins| *begins > 0) && first.is_none_or(|first| position < *first)
     }
 
-    /// Passes each message in a topic that came from this log, up to the position `head`, to `each`, with its partition
-    /// and its offset.
+    /// Calls `each` for each message in a topic that came from this log, up to the position `head`. The arguments are
+    /// the message, its partition and its offset.
     pub async fn read(
         &mut self,
         topic: usize,
