@@ -116,7 +116,7 @@ fn shared_as(store: &StoreUrl, instance: &Option<String>) -> Option<String> {
     store.is_shared().then(|| instance.clone().unwrap_or_else(name))
 }
 
-/// The options of the output.
+/// The output options.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
     /// Print the summary as JSON on the last line.
@@ -158,7 +158,7 @@ pub struct Run {
     /// The seed of all random choices.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
-    /// The options of the output.
+    /// The output options.
     #[command(flatten)]
     pub output: Output,
 }
@@ -251,7 +251,7 @@ pub struct Drain {
     /// The store of the sagas.
     #[command(flatten)]
     pub connection: Connection,
-    /// The options of the output.
+    /// The output options.
     #[command(flatten)]
     pub output: Output,
 }

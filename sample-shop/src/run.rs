@@ -28,7 +28,8 @@ use crate::{
 
 /// How long the parts may take to finish the work in progress when they stop.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The same limit while something is wrong, such as a full disk. The next start repeats any interrupted work.
+/// How long the parts may take while something is wrong, such as a full disk. The next start repeats any interrupted
+/// work.
 const PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(2);
 
 /// The store and the bus of the shop.

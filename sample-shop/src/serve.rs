@@ -149,7 +149,7 @@ async fn serve_on(
     drained.map_err(|error| if by_itself { Failure::from(Ended(error.to_string())) } else { error.into() })
 }
 
-/// Prints the line that tells scripts the address.
+/// Prints the line from which scripts read the address.
 fn say_where(arguments: &Serve, listener: Option<&TcpListener>) -> Result<(), Failure> {
     let at = match listener {
         Some(listener) => format!("http://{}", listener.local_addr()?),

@@ -1,5 +1,5 @@
-//! If a file is run again with other stock, the run is refused. If an invoice comes again with other contents, the
-//! invoice is rejected. Otherwise the shop would silently keep the earlier version.
+//! A second run of a file with a different opening stock is refused. An invoice that is submitted again with other
+//! contents is rejected. Without these checks, the shop would silently keep the earlier stock and the earlier invoice.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 

@@ -40,8 +40,8 @@ use self::{
     virtual_address::VirtualAddress,
 };
 
-/// The number of orders in each load during which databases are dumped and services are killed. SHOP_RESTORED_ORDERS
-/// overrides it.
+/// The number of orders in each load during which databases are dumped and services are killed. The variable
+/// SHOP_RESTORED_ORDERS sets another number.
 const ORDERS: u64 = 150;
 
 /// The interval between checks for the sign that a recovery has reached a certain moment.

@@ -31,14 +31,15 @@ use self::{
     summary::business,
 };
 
-/// The time during which faults occur, in seconds. SHOP_FAULT_SECONDS overrides it; before a release, it is two
-/// minutes.
+/// The time during which faults occur, in seconds. The variable SHOP_FAULT_SECONDS sets another time, which is two
+/// minutes before a release.
 const FAULT_SECONDS: u64 = 18;
 /// The number of orders to submit for each second of that time: more than the machine of the tests can complete in one
 /// second.
 const ORDERS_PER_SECOND: u64 = 65;
-/// Longer than a Kafka session, after which brokers remove a silent member (three seconds here). Also longer than the
-/// five or six seconds after which other instances take over from an instance without a heartbeat.
+/// How long a process stays stopped: longer than a Kafka session (three seconds here), after which brokers remove a
+/// silent member, and longer than the five or six seconds after which other instances take over from an instance
+/// without a heartbeat.
 const STOPPED: Duration = Duration::from_secs(8);
 /// The number of concurrent orders.
 const AT_ONCE: &str = "32";
@@ -112,7 +113,7 @@ impl Storm {
 
 #[tokio::test]
 async fn killed_services_conserve_money_and_units() {
-    // The kills hit all processes in turn, so half as many orders are enough to keep the shop busy.
+    // The faults hit random processes and the broker, so half as many orders are enough to keep the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
     let (mut broker, schemas) = (Broker::start(), Schemas::new());
     // Two instances of each service share the work. A fault in one instance must not affect the other instance.

@@ -131,7 +131,7 @@ async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _plac
         }
     };
     let ended = tokio::select! {
-        // Reads requests that have already arrived before closing an idle connection.
+        // If a request has already arrived, reads that request before it closes the idle connection.
         biased;
         ended = connection.as_mut() => ended,
         () = grace => {

@@ -47,7 +47,7 @@ impl Sagas {
 }
 
 impl Watch<'_> {
-    /// Returns whether the time of the watch is over.
+    /// Returns whether the request has waited for as long as it may.
     pub fn is_over(&self) -> bool {
         self.until <= Instant::now()
     }

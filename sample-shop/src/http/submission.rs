@@ -156,7 +156,7 @@ fn named(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// Returns the start of a string, long enough to recognize the string.
+/// Returns the start of a string, long enough to recognise the string.
 fn start(text: &str) -> String {
     text.chars().take(40).collect()
 }

@@ -41,7 +41,7 @@ pub enum StockEvent {
     Adjusted { adjustment_id: String, sku: String, quantity: i64, counted: i64 },
 }
 
-/// The commands to the stock of a SKU.
+/// The commands for the stock of a SKU.
 #[derive(Clone, Debug)]
 pub enum StockCommand {
     Receive { quantity: u64, delivery_id: String },

@@ -26,7 +26,7 @@ pub enum OrderEvent {
     Cancelled { order_id: String, reason: String },
 }
 
-/// The commands to an order.
+/// The commands for an order.
 #[derive(Clone, Debug)]
 pub enum OrderCommand {
     Place { order_id: String, customer: Option<String>, lines: Vec<Line>, card: Card },

@@ -20,7 +20,7 @@ pub enum ClosingEvent {
     Closed { closing_id: String, books: ShopBooks },
 }
 
-/// The commands to a closing.
+/// The commands for a closing.
 #[derive(Clone, Debug)]
 pub enum ClosingCommand {
     Open { closing_id: String },

@@ -15,7 +15,7 @@ pub enum ReturnEvent {
     Completed { return_id: String },
 }
 
-/// The commands to a return.
+/// The commands for a return.
 #[derive(Clone, Debug)]
 pub enum ReturnCommand {
     Open { return_id: String, customer: Option<String>, lines: Vec<Line> },

@@ -11,7 +11,7 @@ pub(super) struct Draft {
     pub number: String,
     /// The line of the first row.
     pub first_line: u64,
-    /// Whether the draft was spoilt, for example by a malformed row. A flawed draft does not become an invoice.
+    /// Whether the draft has a fault, such as a malformed row. A flawed draft does not become an invoice.
     pub flawed: bool,
     /// The number of well-formed rows.
     pub sound: u64,

@@ -1,6 +1,6 @@
 use std::{io, path::PathBuf};
 
-/// The whole input cannot be used.
+/// An error that makes the whole input unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
     /// The file does not exist, access to it is denied, or reading it failed. The part that was not read has no effect.

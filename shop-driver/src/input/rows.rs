@@ -5,7 +5,7 @@ use super::{error::RowError, invoice::Invoice};
 /// The maximum number of messages about malformed rows that are kept.
 pub const MESSAGES_MAX: usize = 10;
 
-/// A number of invoices and of their rows.
+/// Counts invoices and their rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// The number of invoices.
@@ -44,7 +44,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// The number of all invoices that were left out, with the number of all their rows.
+    /// The number of all invoices that were left out, and the number of all rows that were left out.
     pub fn all_left_out(&self) -> Tally {
         Tally { rows: self.left_out.rows + self.malformed, ..self.left_out }
     }

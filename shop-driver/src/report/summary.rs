@@ -39,7 +39,7 @@ pub struct Summary {
     pub units: Units,
     /// The time from the submission of the first invoice to the end of the last saga.
     pub elapsed: Duration,
-    /// The number of sagas that ended in that time.
+    /// The number of sagas that ended within `elapsed`.
     pub sagas: u64,
     /// The time from the start to the end of each saga, in microseconds.
     pub latency_us: Histogram<u64>,
@@ -47,7 +47,7 @@ pub struct Summary {
     pub store: String,
     /// The bus between the services.
     pub bus: String,
-    /// Invoices of the input that could not be read, with the number of all rows that were left out.
+    /// The numbers of invoices and of rows of the input that were left out.
     pub left_out: Tally,
     /// Invoices that the shop rejected.
     pub rejected: u64,
