@@ -108,7 +108,7 @@ struct Sides {
 }
 
 impl Sides {
-    /// Runs the command. `last` becomes its last argument unless `last` is empty.
+    /// Runs the command with the arguments `words`, followed by `last` unless `last` is empty.
     async fn annals(&self, words: &[&str], last: impl AsRef<OsStr>) -> Result<Measured, Failure> {
         let program = std::env::current_exe()?.with_file_name("annals");
         if !program.exists() {

@@ -13,7 +13,7 @@ use crate::{
     postgres::{counters::cpu_seconds, rows, server::Server},
 };
 
-/// The time that an instance gets to become idle.
+/// The time between the start of an instance and the measurement, in which the instance becomes idle.
 const REST: Duration = Duration::from_secs(5);
 
 /// Measures an idle instance with several subscriptions: the CPU time of its process and of its database server.
@@ -22,7 +22,7 @@ const REST: Duration = Duration::from_secs(5);
 /// unknown.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How many seconds to measure, without any events.
+    /// The number of seconds to measure, during which no event is recorded.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
     /// The number of subscriptions.

@@ -30,7 +30,7 @@ struct Arguments {
     /// The number of commands to execute at each concurrency.
     #[arg(long, default_value_t = 20_000)]
     commands: usize,
-    /// The numbers of concurrent commands to measure. At 1, only a twentieth of the commands is executed.
+    /// The numbers of concurrent commands to measure. At 1, only a twentieth of the commands are executed.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1_024])]
     in_flight: Vec<usize>,
     /// The number of orders to check out.
