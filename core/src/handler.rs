@@ -69,9 +69,10 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
-/// Why a message was not handled. The `?` operator converts any error to this type. The message is then retried with
-/// growing delays, and parked after too many failures. [`Terminal::terminal`] parks the message at once. An event of a
-/// type that this build cannot decode waits, without a time limit, for a build that can decode it.
+/// Why a message was not handled. The `?` operator converts any error to this type. The message is then parked, and
+/// retried with growing delays; after too many failures, it becomes a dead letter. [`Terminal::terminal`] makes the
+/// message a dead letter at once. An event of a type that this build cannot decode waits, without a time limit, for a
+/// build that can decode it.
 #[derive(Debug)]
 pub struct HandlerError {
     source: Box<dyn Error + Send + Sync>,
@@ -142,9 +143,10 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
     }
 }
 
-/// Marks an error as final, so that the message is parked and not retried.
+/// Marks an error as final, so that the message becomes a dead letter and is not retried automatically.
 pub trait Terminal<T> {
-    /// Turns the error, if there is one, into an error that parks the message at once, because a retry would not help.
+    /// Turns the error, if there is one, into an error that makes the message a dead letter at once, because a retry
+    /// would not help.
     fn terminal(self) -> Result<T, HandlerError>;
 }
 

@@ -22,7 +22,7 @@ pub const IN_HAND_MAX: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, PartialEq, Eq, Default, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state", content = "reason")]
 pub enum State {
-    /// The part has not started yet.
+    /// The part is starting, and has not reported any other state yet.
     #[default]
     Starting,
     /// The part works.

@@ -224,7 +224,7 @@ impl Lane {
     }
 
     /// Returns whether the checkpoint lies before `next`. If the lane has no stored checkpoint, the result is always
-    /// true, so that the first position is stored. `Start::Now` then means the same position after a restart.
+    /// true, so that the first position is stored, and `Start::Now` means the same position after a restart.
     pub fn is_before(&self, next: i64) -> bool {
         self.next < next || self.version == 0
     }

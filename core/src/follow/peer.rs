@@ -108,8 +108,8 @@ impl Peer {
         turn(alive, subscription, lane).is_some_and(|name| *name == self.name)
     }
 
-    /// Resolves once a lane is assigned to this instance if `has_turn` is true, or once the lane is no longer assigned
-    /// to this instance if `has_turn` is false.
+    /// If `has_turn` is true, resolves once the lane is assigned to this instance. If `has_turn` is false, resolves
+    /// once the lane is no longer assigned to this instance.
     pub(crate) async fn turns(&self, subscription: &str, lane: u32, has_turn: bool) {
         let mut alive = self.alive.subscribe();
         while self.has_turn(subscription, lane) != has_turn {

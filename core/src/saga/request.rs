@@ -1,8 +1,8 @@
 //! A request of an operator to a stuck saga.
 //!
-//! The request is an event in the stream of the saga. The stored form of the request uses a time, `progress.due`, that
-//! belongs to the document of the saga and not to a timer: the document becomes due when the request is recorded, so
-//! that every build finds the request. This file is the only one that writes or reads this form.
+//! The request is an event in the stream of the saga. The stored form of the request uses the time `progress.due`. This
+//! time belongs to the document of the saga and not to a timer: the document becomes due when the request is recorded,
+//! so that every build finds the request. This file is the only one that writes or reads this form.
 
 use super::progress::{OperatorAction, Progress, SagaEvent, Status};
 

@@ -93,7 +93,8 @@ pub async fn alive(store: &dyn EventStore) -> Result<Vec<Arc<str>>, StoreError> 
     Ok(beats.map(|document| document.key.id).collect())
 }
 
-/// Fails if the bus holds a message that the service sent but whose event is missing from the log.
+/// Fails if the bus holds a message that the service sent but whose event is missing from the log, or if a recovery of
+/// the store is not complete.
 pub(crate) async fn check(service: &str, store: &dyn EventStore, bus: &dyn Bus) -> Result<(), StartError> {
     if bus.is_local() {
         return Ok(());

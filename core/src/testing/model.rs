@@ -407,7 +407,7 @@ where
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
                 Ok(None) => break,
-                // The checker visits this state too, makes the same move, and then reports the broken rule.
+                // The checker makes the same move on its own way through the states, and reports the broken rule then.
                 Err(_) => return Ok(()),
             }
         }
