@@ -77,7 +77,7 @@ impl<'b> Rows<'b> {
         Some(*taken)
     }
 
-    /// Removes and returns the bytes of the next column. No column may be NULL, which would have a length of -1.
+    /// Removes and returns the bytes of the next column. A NULL column has the length -1, and no column may be NULL.
     fn field(&mut self) -> Option<&'b [u8]> {
         let length = usize::try_from(i32::from_be_bytes(self.take()?)).ok()?;
         let (field, rest) = self.rest.split_at_checked(length)?;

@@ -139,7 +139,7 @@ struct Placed {
     versions: Vec<(usize, i64)>,
 }
 
-/// Guesses the version before the group: the version that equals `expected` after `steps` more events. If no version
+/// Guesses the version before the group: the version from which `steps` more events lead to `expected`. If no version
 /// can meet the expectation, the guess is 0; if 0 is right, the conflict is found without another round trip.
 fn guess(expected: i64, steps: i64) -> i64 {
     expected.checked_sub(steps).filter(|base| (0..i64::MAX / 2).contains(base)).unwrap_or(0)

@@ -199,8 +199,8 @@ impl Writer {
                     }
                     self.connection = Some((history, connection));
                     let Some(written) = written else {
-                        // A guess was wrong. If the versions were known instead of guessed, another process has just
-                        // written.
+                        // A guess was wrong. If this attempt used versions that the database had reported instead of
+                        // guesses, another process has written in the meantime.
                         races += u32::from(known.is_some());
                         if races > RACES_ALONE_MAX {
                             return Err(Failure::OfSome(CommitError::Unavailable(
