@@ -135,8 +135,8 @@ impl Gate {
     }
 }
 
-/// Keeps a message counted as in flight after its gate has let the message pass. The count ends when this guard is
-/// dropped, even if the sender gives up half-way.
+/// Counts a message as in flight from the moment at which its gate lets the message pass until this guard is dropped.
+/// The count is therefore right even if the sender gives up half-way.
 struct InFlightGuard(Arc<Gate>);
 
 impl Drop for InFlightGuard {
