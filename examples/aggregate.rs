@@ -8,7 +8,7 @@ use annals::{Aggregate, Event, ExecuteError, MemoryStore, Repository};
 use uuid::Uuid;
 
 // ANCHOR: event
-/// The events of an account. Their names are stored: `account.deposited` and `account.withdrawn`.
+/// The events of an account. The names of events are stored: `account.deposited` and `account.withdrawn`.
 #[derive(Event, Clone, Debug, PartialEq)]
 #[event(prefix = "account")]
 enum AccountEvent {
