@@ -65,8 +65,8 @@ impl Ops {
 
     /// Registers a handler for `replay --handler NAME`. The command calls registered handlers only. On a replay, the
     /// handler sees events that it has handled before. If the handler executes a command on an aggregate again, the
-    /// command returns its first result. Its document writes must be idempotent. Any effect outside the store happens
-    /// again.
+    /// command returns its first result. The handler's document writes must be idempotent. Any effect outside the store
+    /// happens again.
     pub fn replayable(mut self, name: &'static str, handler: impl annals::Handler) -> Self {
         self.domain.add_handler(name, handler);
         self

@@ -1,9 +1,9 @@
 //! Drives load into the sample shop: reads or generates invoices, submits each of them, waits until its saga has ended,
 //! and reports the outcome.
 //!
-//! The driver does not depend on the shop's code. It reaches a shop through the trait [`Shop`](shop::Shop), which has
-//! two implementations: [`over_http`] for a shop in another process, and one in `sample-shop` for a shop in this
-//! process.
+//! The driver does not depend on the shop's code. The driver reaches a shop through the trait [`Shop`](shop::Shop),
+//! which has two implementations: [`over_http`] for a shop in another process, and one in `sample-shop` for a shop in
+//! this process.
 //!
 //! | module | contents |
 //! |---|---|

@@ -15,17 +15,17 @@ use tokio::sync::watch;
 /// The fault of one commit.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// The commit is not applied. It returns [`CommitError::Unavailable`].
+    /// The commit is not applied. The call returns [`CommitError::Unavailable`].
     Unavailable,
-    /// The commit is not applied. It returns [`CommitError::Unknown`], so the caller does not learn the outcome.
+    /// The commit is not applied. The call returns [`CommitError::Unknown`], so the caller does not learn the outcome.
     LostUnknown,
-    /// The commit is applied. It returns [`CommitError::Unknown`], so the caller does not learn the outcome.
+    /// The commit is applied. The call returns [`CommitError::Unknown`], so the caller does not learn the outcome.
     AppliedUnknown,
-    /// The commit returns [`CommitError::Unknown`] at once and is applied later, when the gate opens. This simulates a
-    /// server that is still busy.
+    /// The commit returns [`CommitError::Unknown`] at once and is applied later, when the gate opens. The delay
+    /// simulates a server that is still busy.
     AppliedLater(Gate),
-    /// The commit is not applied. It returns [`CommitError::Unknown`], and the store is [away](FaultyStore::away) from
-    /// then on.
+    /// The commit is not applied. The call returns [`CommitError::Unknown`], and the store is [away](FaultyStore::away)
+    /// from then on.
     LostAndAway,
     /// The process dies before the commit is applied: this call and all later calls fail.
     CrashBefore,

@@ -242,7 +242,7 @@ async fn message_stays_parked_after_the_last_attempt_until_redriven() {
     let last = async || bed.letters().await.into_iter().find(|letter| letter.parked.attempts == 3);
     let letter = eventually("three attempts", last).await;
     assert_eq!((letter.retries_at, letter.behind), (None, 1));
-    // A second key is parked and redriven later. Its redrive proves that time has passed for the first key.
+    // A second key is parked and redriven later. The redrive of this key proves that time has passed for the first key.
     bed.fussy.trouble(21, Trouble::Fail, 2);
     bed.add("b", [21]).await;
     bed.becomes("b", &[21]).await;

@@ -182,7 +182,8 @@ impl ReadModel for NewSums {
 #[derive(Clone, Copy)]
 enum Build {
     Old,
-    /// The build with a new plan, event and view. Its participant knows the new command, and its saga does not send it.
+    /// The build with a new plan, event and view. The participant of this build knows the new command, but the saga
+    /// does not send the command.
     New,
     /// The build whose saga sends the new command.
     Next,

@@ -247,8 +247,8 @@ async fn sequence_that_is_behind_is_advanced() {
     assert_eq!(log[501].stream.as_str(), "c-1");
 }
 
-/// The reader relies on the rule that a writer waiting for the lock has not yet drawn a position. This holds for the
-/// store, and for a manual INSERT that takes its position from the column default.
+/// The reader relies on the rule that a writer waiting for the lock has not yet drawn a position. The store follows
+/// this rule, and so does a manual INSERT that takes its position from the column default.
 #[tokio::test(flavor = "multi_thread")]
 async fn positions_are_drawn_under_the_lock() {
     let schema = Schema::new();

@@ -86,7 +86,7 @@ pub(crate) async fn run(
     while let Some(Part { mut contents, section }) = read.recv().await {
         bar.set_length(section.until.unwrap_or_default().unsigned_abs());
         let complete = section.complete;
-        // Writes verified sections only. Their contents and the progress are written in one commit.
+        // Writes verified sections only. One commit writes the contents of the sections and the progress.
         if !contents.events.is_empty() || !contents.documents.is_empty() || (complete && !done.complete) {
             version += 1;
             contents.documents.push(document(export, &section, version)?);

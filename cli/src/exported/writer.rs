@@ -105,7 +105,7 @@ impl ExportWriter {
         let mut reader = ExportReader::open(path)?;
         let mut whole = None;
         loop {
-            // An interrupted file ends in the middle of an item. It is truncated after its last complete section.
+            // An interrupted file ends in the middle of an item. The file is truncated after its last complete section.
             match reader.step() {
                 Ok(ExportItem::Section(section)) if section.complete => return Ok(None),
                 Ok(ExportItem::Section(section)) => whole = Some((section, reader.offset(), reader.hasher().clone())),

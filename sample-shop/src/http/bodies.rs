@@ -14,8 +14,8 @@ use crate::{
     order::{Line, ShopBooks},
 };
 
-/// The idempotency key of a request. Its value becomes the id of the new order, return, supply or closing, so a
-/// repeated request with the same key creates nothing new.
+/// The header with the idempotency key of a request. The key becomes the id of the new order, return, supply or
+/// closing, so a repeated request with the same key creates nothing new.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// The header that marks the answer to a repeated request.
 pub const REPLAYED: &str = "idempotency-replayed";

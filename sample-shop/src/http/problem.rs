@@ -9,8 +9,8 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The error answer to a request. Its type is `about:blank`: the status says which kind of problem it is, and the
-/// detail says how to solve it.
+/// The error answer to a request. The type of the answer is `about:blank`: the status says which kind of problem
+/// occurred, and the detail says how to solve the problem.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Problem {
     /// Always `about:blank`.

@@ -76,7 +76,7 @@ impl Topics {
     }
 
     /// Returns whether retention may have removed the message with this position from a partition. That is the case if
-    /// the remaining messages of its lane begin at a later position.
+    /// the remaining messages of the lane begin at a later position.
     pub fn removed(&self, topic: usize, partition: u32, service: &Arc<str>, lane: &Arc<str>, position: i64) -> bool {
         let begins = self.topics[topic].begins.as_ref().and_then(|begins| begins.get(partition as usize));
         let first = self.firsts.get(&(topic, partition, service.clone(), lane.clone()));
