@@ -40,7 +40,8 @@ impl std::fmt::Debug for Ops {
 }
 
 impl Ops {
-    /// Creates the command. `name` is what the operator types to start it, such as `annals` or `sample-shop ops`.
+    /// Creates the command. `name` is the text with which an operator starts the command, such as `annals` or
+    /// `sample-shop ops`.
     pub fn named(name: &'static str) -> Self {
         Self { name, domain: Domain::default() }
     }

@@ -31,8 +31,8 @@ use self::{
     summary::business,
 };
 
-/// The time during which faults occur, in seconds. The variable SHOP_FAULT_SECONDS sets another time, which is two
-/// minutes before a release.
+/// The time during which faults occur, in seconds. The variable SHOP_FAULT_SECONDS sets another time; a release is
+/// tested with two minutes.
 const FAULT_SECONDS: u64 = 18;
 /// The number of orders to submit for each second of that time: more than the machine of the tests can complete in one
 /// second.

@@ -73,8 +73,8 @@ impl Package {
     }
 }
 
-/// Returns the ring of a package, which is named by its folder. A package may depend only on packages in rings further
-/// inside.
+/// Returns the ring of the package in the folder `room`. A package may depend only on packages in inner rings, which
+/// have lower numbers.
 fn ring(room: &str) -> u32 {
     match room {
         "macros" | "shop-driver" => 0,

@@ -1,5 +1,5 @@
-//! A mistake in a name is detected when the name is given or when the services start. Other mistakes are reported after
-//! a while, in a message with the name. Nothing is written before a mistake is detected.
+//! A mistake in a name is detected when the name is given or when the services start, before anything is written. Other
+//! mistakes are reported after a while, in a message that contains the name.
 #![allow(clippy::unwrap_used)]
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};

@@ -227,7 +227,7 @@ impl Scripted {
     }
 }
 
-/// Records each message in one document per key. Fails at the numbers in `bad`.
+/// Records each message in one document per key. Fails at messages whose version is in `bad`.
 #[derive(Clone, Default)]
 struct Notes {
     bad: Arc<Mutex<Vec<i64>>>,

@@ -25,7 +25,7 @@ fn marks(store: &Arc<dyn EventStore>) -> Repository<Tally> {
     Repository::with(store.clone(), "mark", 1_000)
 }
 
-/// How a handler loads a stream that it believes to be new.
+/// The method with which a handler uses a stream that it believes to be new.
 #[derive(Clone, Copy)]
 enum Hint {
     Create,

@@ -39,8 +39,8 @@ async fn on_each_store(test: impl AsyncFn(Arc<dyn EventStore>)) {
     test(Arc::new(schema.store().await)).await;
 }
 
-/// Copies tallies. The handler never returns from the events of the tally `stuck`, and fails at amounts equal to
-/// `broken`.
+/// Copies tallies. The handler never finishes an event of the tally `stuck`, and fails at each event whose version in
+/// its stream is `broken`.
 #[derive(Clone)]
 struct Copies {
     copier: Arc<Copier>,

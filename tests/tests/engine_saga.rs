@@ -331,7 +331,7 @@ async fn late_answer_frees_a_stuck_saga() {
         world.request("a", Uuid::new_v4(), None).await;
         let stuck = world.becomes("a", Status::Stuck).await;
         assert_eq!((stuck.attempts, stuck.ended_at), (2, None), "{at}");
-        // Health looks for stuck sagas every two seconds, so one of the cases looks at health.
+        // Health looks for stuck sagas only every two seconds, so only the first case waits for health.
         if number == 0 {
             eventually("health says so", async || (!health.is_fine()).then_some(())).await;
         }

@@ -230,7 +230,7 @@ async fn create_on_an_existing_stream_falls_back_to_reading_it() {
     assert!(attempts <= 2, "{attempts}");
 }
 
-/// Stages changes to streams and documents, and then fails in a way that depends on the amount.
+/// Stages changes to streams and documents, and then fails if the amount is negative.
 struct Half(Repository<Tally>);
 
 #[async_trait]

@@ -30,7 +30,7 @@ const ROUND: usize = 8;
 /// The amount in the second event of a tally, which only newer builds can read.
 const MORE: i64 = 10;
 
-/// Adds a step after the pivot to the open plan.
+/// Builds the plan of a trip, with these steps after the pivot.
 macro_rules! plan {
     ($($step:literal => $request:expr),*) => {
         Saga::<Trip>::named("trip")

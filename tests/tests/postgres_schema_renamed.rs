@@ -78,7 +78,7 @@ async fn renamed_schema_works_after_its_owner_has_opened_it() {
     assert!(store.status().await.unwrap().head > Position(80));
     store.close().await.unwrap();
     assert_eq!((events(&mut connection, kept.name()).await, events(&mut connection, old.name()).await), (89, 1));
-    // A second rename: the functions then use the last name.
+    // After a second rename, the functions use the last name.
     let third = Schema::new();
     run(&mut connection, format!("ALTER SCHEMA {} RENAME TO {}", kept.name(), third.name())).await;
     let store = PostgresStore::connect(&url(), settings(third.name())).await.unwrap();

@@ -87,7 +87,7 @@ async fn moving_a_clock_tests_a_deadline_of_three_days() {
     runtime.drain(DRAIN).await.unwrap();
 }
 
-/// Fails at each key's first message.
+/// Fails at the first message of each stream whose id ends with `-bad`.
 struct Fails;
 
 #[async_trait]

@@ -49,7 +49,8 @@ impl ReadArgs {
         !self.archive.is_empty()
     }
 
-    /// Returns whether this event and all later events are outside the range. Versions and times never fall.
+    /// Returns whether this event and all later events are outside the range. Within a stream, versions and times never
+    /// fall.
     fn ends_before(&self, version: i64, recorded_at: DateTime<Utc>) -> bool {
         version > self.to || self.at.is_some_and(|Moment(at)| recorded_at > at)
     }

@@ -7,7 +7,7 @@ use super::{columns::Columns, record::Record};
 /// text of this length.
 const ID_BYTES_MAX: usize = 200;
 /// The maximum number of digits before the decimal point of a price. With a quantity of 32 bits, four decimals and
-/// [`LINES_MAX`](crate::order::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28 digits, so no
+/// [`LINES_MAX`](super::invoice::LINES_MAX) lines, a total has at most 27 digits. A `Decimal` holds 28 digits, so no
 /// total can overflow or be rounded.
 const PRICE_DIGITS_MAX: usize = 9;
 /// The maximum number of decimals of a price. Amounts of money have at most four decimals in any currency; more
