@@ -105,7 +105,7 @@ pub enum Play {
 /// Decides the answer to each request to a participant.
 type Answers = Arc<dyn Fn(&mut Work) -> Result<Answer, StepError> + Send + Sync>;
 
-/// The deviations of the participants by request, such as `book` or `undo book`.
+/// The script of the participants: their deviations and answers by request, such as `book` or `undo book`.
 #[derive(Clone, Default)]
 pub struct Script {
     plays: Arc<Mutex<HashMap<String, (Play, u32)>>>,

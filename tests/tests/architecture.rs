@@ -497,8 +497,8 @@ fn between<'a>(text: &'a str, start: &'a str, end: &'a str) -> impl Iterator<Ite
     })
 }
 
-/// A document quotes a file with `<!-- quote:FILE -->` and a code block after it. The block must equal the file, or the
-/// part of the file between its `README` marks.
+/// The README quotes a file with `<!-- quote:FILE -->` and a code block after this mark. The block must equal the file,
+/// or the part of the file between its `README` marks.
 #[test]
 fn readme_quotes_tested_code() {
     let workspace = Workspace::read();

@@ -106,7 +106,7 @@ async fn undo_and_last_step_fail_with_a_reason() {
     on_every_store(async |store_name, store| {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
-        // The compensation first returns an answer that no store can keep, and then succeeds.
+        // The compensation first fails with a reason that no store can keep, and then succeeds.
         world.script.play("confirm", Play::Refuse, 1);
         let tries = std::sync::atomic::AtomicU32::new(0);
         world.script.answer("undo charge", move |_| match tries.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {

@@ -160,7 +160,7 @@ impl Desk {
         found.first().map(|(_, body)| serde_json::from_str(body).unwrap()).unwrap_or_default()
     }
 
-    /// Asserts that nothing is parked, and that each reply belongs to a request.
+    /// Asserts that nothing is parked, and that the bank has recorded this many answers to the trip.
     async fn close(mut self, replies: usize) {
         assert_eq!(documents(&self.store, "parked.bank.commands").await, []);
         let answers = self.answers("a").await;

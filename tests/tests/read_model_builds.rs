@@ -139,7 +139,7 @@ async fn all(store: &Arc<dyn EventStore>) -> BTreeMap<String, Total> {
     views.into_iter().map(|(key, view)| (key.to_string(), view)).collect()
 }
 
-/// Waits until the views hold this many deposits, then checks that the views are correct.
+/// Waits until the views hold `each` deposits per owner, then checks that the views are correct.
 async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     let sum = |views: &BTreeMap<String, Total>| views.values().map(|total| total.deposits).sum::<u64>();
     let views = eventually("all deposits are in the views", async || {
@@ -152,7 +152,7 @@ async fn right(store: &Arc<dyn EventStore>, owners: usize, each: u64) {
     assert!(wrong.is_empty(), "of {each} deposits for each owner: {wrong:?}");
 }
 
-/// Returns what the store holds for the read model outside the log: the number of documents in each collection.
+/// Returns the numbers of views, of parked messages and of checkpoints that the store holds for a generation.
 async fn left(store: &Arc<dyn EventStore>, generation: u32) -> [usize; 3] {
     let of = format!("totals@{generation}");
     let checkpoints = documents(store, "checkpoint").await;

@@ -336,8 +336,8 @@ async fn view_with_an_infinite_number_parks_its_event_and_stays_readable() {
     .await;
 }
 
-/// A build that accepted NaN has stored this value. Reading the value always fails with an error that names its place,
-/// and no new event is added to the stream.
+/// A build that accepted NaN has stored this value. Reading the value always fails with an error that names the place
+/// of the value, and no new event is added to the stream.
 #[tokio::test]
 async fn error_names_the_place_of_a_null_instead_of_a_number() {
     on_each_store(async |store| {

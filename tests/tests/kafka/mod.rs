@@ -294,8 +294,7 @@ pub struct Sql {
     pub sink: Schema,
 }
 
-/// A row of the operators' view: the group or relay, key, reason, message, and the number of messages waiting behind
-/// it.
+/// A row of the operators' view of dead letters. `behind` is the number of messages that wait behind the dead letter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeadLetter {
     pub key: String,

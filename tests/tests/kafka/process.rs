@@ -178,7 +178,7 @@ impl Process {
     }
 }
 
-/// Counts how often the point was passed before the process stops there.
+/// Counts down how often the process still passes the point before it stops there.
 struct Reached {
     point: Point,
     left: AtomicU32,
