@@ -31,13 +31,13 @@ pub struct Arguments {
     /// The number of events in the log before the first workload.
     #[arg(long, default_value_t = 100_000)]
     events: i64,
-    /// The number of events in the log for the second round of rates; 0 skips it. The intended value is 10,000,000.
+    /// The number of events in the log for the second round of rates; 0 skips the round. The intended value is 10,000,000.
     #[arg(long, default_value_t = 0)]
     events_many: i64,
     /// The number of events to replay; 0 skips the replay.
     #[arg(long, default_value_t = 1_000_000)]
     replay: i64,
-    /// The number of aggregates to load. Each is loaded four times.
+    /// The number of aggregates to load. Each aggregate is loaded four times.
     #[arg(long, default_value_t = 5_000)]
     aggregates: usize,
     /// Folder for the data of the server. The benchmark measures the disk that holds this folder.

@@ -36,7 +36,7 @@ pub struct Arguments {
     /// The number of orders for the measurement with one at a time.
     #[arg(long, default_value_t = 500)]
     alone: usize,
-    /// The number of concurrent orders. If it is too low, the servers wait for customers.
+    /// The number of concurrent orders. If the number is too low, the servers wait for customers.
     #[arg(long, default_value_t = 768)]
     concurrency: usize,
     /// The number of warm-up orders before the timed orders. A broker that has just started spends half of its time in

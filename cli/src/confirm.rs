@@ -37,7 +37,7 @@ impl ActionArgs {
         })
     }
 
-    /// The arguments that repeat these answers on another command line.
+    /// The arguments that repeat the reason, the operator and `--yes` on another command line.
     pub fn words(&self) -> Vec<String> {
         let mut words = vec!["--reason".to_owned(), self.reason.clone()];
         if let Some(by) = &self.by {

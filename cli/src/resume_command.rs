@@ -5,7 +5,7 @@ use clap::{ArgMatches, parser::ValueSource};
 
 use crate::common::CommonArgs;
 
-/// The first and the last words of every such command line.
+/// The first and the last words of every command line that continues this command.
 #[derive(Clone)]
 pub(crate) struct ResumeCommand {
     name: &'static str,

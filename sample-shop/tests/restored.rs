@@ -409,7 +409,7 @@ fn bought(shop: &Serving, load: &[String]) -> Output {
 }
 
 /// All services share one SQLite file. In the first round, a copy replaces the lost file. In the second round, an empty
-/// store replaces it.
+/// store replaces the file.
 #[tokio::test]
 async fn restored_or_lost_file_ends_consistent() {
     let (broker, folder) = (Broker::start(), tempfile::tempdir().unwrap());

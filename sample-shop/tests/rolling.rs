@@ -113,7 +113,7 @@ fn stop_is_announced_and_answers_open_requests() {
         let answer = answered(client.ask("GET", "/healthz", &[], ""));
         assert_eq!((answer.status, answer.header("connection")), (200, None));
     }
-    // There is no stock yet, so no saga ends before the request waits for it.
+    // This request waits for the end of its saga while the shop is asked to stop.
     let at = shop.at;
     let waits = std::thread::spawn(move || {
         KeepAlive::new(at).ask("POST", "/orders?wait=30s", &[JSON, ("idempotency-key", "waits")], &order())

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{event::Lines, failure::Failure};
 
-/// A section ends after this many lines or bytes. An interrupted export loses at most one section, and an import holds
-/// one section in memory.
+/// A section ends after this many lines or bytes. An interrupted export loses at most one section. An import reads a
+/// whole section into memory before writing any of it.
 const SECTION_LINES: u64 = 5_000;
 const SECTION_BYTES: usize = 16 << 20;
 /// The default level of zstd.

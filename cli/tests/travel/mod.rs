@@ -101,7 +101,7 @@ impl Participant for Agency {
     }
 }
 
-/// A read model that fails at some trips until it is repaired.
+/// A handler that fails at some trips until it is repaired.
 pub struct Brochure {
     pub repaired: bool,
 }

@@ -19,7 +19,7 @@ pub struct Serving {
     pub at: SocketAddr,
     /// The arguments of the process, without the HTTP address.
     arguments: Vec<String>,
-    /// The warnings that the process has printed.
+    /// The file that receives the standard error of the process.
     said: tempfile::NamedTempFile,
 }
 

@@ -23,7 +23,7 @@ pub struct Summary {
     pub confirmed: u64,
     /// Orders whose checkout was compensated.
     pub cancelled: Cancelled,
-    /// Returns opened.
+    /// Returns completed.
     pub returns: u64,
     /// Stock adjustments made.
     pub adjustments: u64,

@@ -47,9 +47,9 @@ pub(super) struct Chained {
 }
 
 pub(super) struct Order {
-    /// Stream, position, version, digest.
+    /// Each record holds the stream, position, version and digest of an event.
     streams: Sorter<6>,
-    /// Event id, position.
+    /// Each record holds the id and position of an event.
     ids: Sorter<1>,
 }
 
