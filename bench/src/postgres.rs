@@ -31,7 +31,8 @@ pub struct Arguments {
     /// The number of events in the log before the first workload.
     #[arg(long, default_value_t = 100_000)]
     events: i64,
-    /// The number of events in the log for the second round of rates; 0 skips the round. The intended value is 10,000,000.
+    /// The number of events in the log for the second round of rates; 0 skips the round. The intended value is
+    /// 10,000,000.
     #[arg(long, default_value_t = 0)]
     events_many: i64,
     /// The number of events to replay; 0 skips the replay.
