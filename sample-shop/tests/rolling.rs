@@ -37,7 +37,7 @@ fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, V
             break;
         }
         let id = format!("{client}-{number}");
-        // Some of the requests wait until their order has ended.
+        // Some of the requests wait until the saga of their order has ended.
         let path = if number % 3 == 0 { "/orders?wait=10s" } else { "/orders" };
         let mut ask = |at: usize| connections[at].ask("POST", path, &[JSON, ("idempotency-key", &id)], &order());
         let asked = match ask(number % 2) {
@@ -180,7 +180,7 @@ async fn normal_stop_logs_no_warning() {
                     assert!(answer.status == 201, "{answer:?}");
                 }
             });
-            // Once an order has ended, the shop is certainly under load.
+            // Once the saga of an order has ended, the shop is certainly under load.
             let ended: Value = shop.post("/orders?wait=30s", signal, &serde_json::from_str(&order()).unwrap()).json();
             assert_eq!(ended["status"], "cancelled", "{ended}");
             shop.stop(signal);

@@ -412,7 +412,7 @@ async fn snapshots_change_no_result() {
     assert!(Repository::<Snapped<1>>::new(store.clone()).state("a").await.unwrap().loaded);
 }
 
-/// A state that is larger than a document may be.
+/// A state that can exceed the maximum size of a document.
 #[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Bulky(String);
 

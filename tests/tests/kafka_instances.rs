@@ -108,8 +108,8 @@ async fn first_of_two_members_with_one_name_reports_its_end() {
     relay.drain(DRAIN).await.unwrap();
 }
 
-/// A broker also fences a member that was stopped for longer than a session lasts and whose own earlier session still
-/// holds its name.
+/// If a member was stopped for longer than a session lasts, its own earlier session may still hold its name. A broker
+/// fences this member too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fenced_member_that_is_alone_under_its_name_continues() {
     let pair = Pair::new().await.set("group.instance.id", "the only one");

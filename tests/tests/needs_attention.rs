@@ -1,5 +1,5 @@
-//! A fault of one message stops only the messages with the same key. A fault that needs an operator is logged once, is
-//! counted, and appears in the health for as long as it lasts.
+//! A fault of one message stops only the messages with the same key. A fault that needs an operator is logged once and
+//! counted, and health reports the fault for as long as it lasts.
 #![allow(clippy::unwrap_used)]
 
 mod postgres;
