@@ -496,6 +496,17 @@ impl Runtime {
     /// Fails if a name is not valid or is used twice, if the bus cannot be joined, if a store is incomplete, or for
     /// another reason that [`StartError`] lists. In these cases, nothing is started.
     pub async fn start(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
+        self.start_boxed(services, bus).await
+    }
+
+    /// Starts services, as a boxed future. The code of an async function is compiled in the crate that runs its future.
+    /// The box makes this crate that crate, so that the engine is not compiled again in every program that starts a
+    /// runtime.
+    fn start_boxed(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> BoxFuture<'_, Result<(), StartError>> {
+        self.start_all(services, bus).boxed()
+    }
+
+    async fn start_all(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> Result<(), StartError> {
         self.check_names(&services)?;
         let mut names = self.names.clone();
         services.iter().try_for_each(|service| service.take_names(&mut names))?;

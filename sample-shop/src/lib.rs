@@ -13,7 +13,7 @@
 //! | `run` | the main job, with all services in this process |
 //! | `serve`, `http` | services that run until they are stopped, and their HTTP answers |
 //! | `store`, `bus` | opens the store and the bus that the URLs of the command line name |
-//! | `arguments`, `claim`, `stop`, `troubles` | the command line; the lock on a SQLite file; signals; problem reports |
+//! | `command`, `arguments`, `claim`, `stop`, `troubles` | the command line and its arguments; the lock on a SQLite file; signals; problem reports |
 //!
 //! Customers, invoices and the summary are in `shop-driver`.
 // The fields of events and commands need no comments, because their names explain them.
@@ -25,6 +25,7 @@ pub mod bus;
 pub mod card;
 pub mod checkout;
 pub mod claim;
+pub mod command;
 pub mod counting;
 pub mod http;
 pub mod inventory;

@@ -3,7 +3,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::join_all;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, join_all},
+};
 use tokio::{
     sync::OnceCell,
     time::{Instant, MissedTickBehavior, interval, sleep},
@@ -227,7 +230,19 @@ impl Subscription {
         shutdown: &CancellationToken,
     ) -> impl Iterator<Item = impl Future<Output = ()> + use<>> {
         let this = Arc::new(self);
-        (0..this.lanes).map(move |lane| this.clone().follow(lane, store.clone(), health.clone(), shutdown.clone()))
+        (0..this.lanes).map(move |lane| this.clone().worker_of(lane, store.clone(), health.clone(), shutdown.clone()))
+    }
+
+    /// Returns the future that follows a lane, in a box, so that the engine is compiled in this crate and not again for
+    /// every read model of a service.
+    fn worker_of(
+        self: Arc<Self>,
+        lane: u32,
+        store: Arc<dyn EventStore>,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> BoxFuture<'static, ()> {
+        self.follow(lane, store, health, shutdown).boxed()
     }
 
     async fn follow(
