@@ -43,4 +43,4 @@ test:
 
 # Not part of `ci`: figures from a busy machine mean nothing.
 bench:
-    cargo run --release --package annals-bench
+    cargo run --profile dist --package annals-bench

@@ -21,8 +21,8 @@ const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_vers
 
 /// Measures the `annals` command on PostgreSQL.
 ///
-/// The command must be in the folder of this program, where `cargo build --release -p annals-cli` puts it. `psql` must
-/// be in the path. The database is the one that DATABASE_URL names, or a temporary one.
+/// The command must be in the folder of this program, where `cargo build --profile dist -p annals-cli` puts it. `psql`
+/// must be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The number of events in the log.
@@ -113,7 +113,7 @@ impl Sides {
         let program = std::env::current_exe()?.with_file_name("annals");
         if !program.exists() {
             let program = program.display();
-            return Err(format!("{program} is missing: `cargo build --release -p annals-cli` makes it").into());
+            return Err(format!("{program} is missing: `cargo build --profile dist -p annals-cli` makes it").into());
         }
         let mut command = Command::new(program);
         command.args(words).args(Some(last.as_ref()).filter(|last| !last.is_empty())).env("ANNALS_STORE", &self.url);
