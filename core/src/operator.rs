@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use futures::TryStreamExt;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -23,7 +24,7 @@ use crate::{
         read_model::{Rebuild, Rebuilt, SwapError},
     },
     saga::{OperatorAction, SagaEvent, SagaRequest, Status},
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, StoreError, pages},
 };
 
 pub use crate::decide::categories::OPERATOR as CATEGORY;
@@ -36,8 +37,6 @@ const RESET_PARKED_MAX: usize = COMMIT_ROWS_MAX - 1_000;
 /// The maximum size of a parked document that an event records unchanged, in bytes. The rest of the event is reserved
 /// for the names and for the reason.
 pub const DROPPED_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
-/// The number of documents or events read per page.
-const PAGE: usize = 500;
 
 /// An action of an operator, recorded in the stream `operator-<subscription>`. Actions on a saga are recorded in the
 /// stream of the saga.
@@ -312,21 +311,19 @@ impl Operator {
             let mut first = None;
             let mut last = None;
             let mut waiting = None;
-            let mut after = Version::START;
-            loop {
-                let page = self.store.read_stream(saga, after, PAGE).await?;
-                let Some(event) = page.last() else { break };
-                after = event.version;
-                first = first.or_else(|| page.first().map(|event| event.metadata.clone()));
-                for event in page.iter().filter(|event| SagaRequest::concerns(&event.type_name)) {
-                    let event = event.decode::<SagaEvent>().map_err(|error| illegal(error.to_string()))?;
-                    waiting = event.and_then(|event| SagaRequest::after(&event, waiting));
+            let mut events = pages::history(&*self.store, saga, Version::START);
+            while let Some(event) = events.try_next().await? {
+                if SagaRequest::concerns(&event.type_name) {
+                    let decoded = event.decode::<SagaEvent>().map_err(|error| illegal(error.to_string()))?;
+                    waiting = decoded.and_then(|decoded| SagaRequest::after(&decoded, waiting));
                 }
-                last = page.into_iter().next_back();
+                first.get_or_insert_with(|| event.metadata.clone());
+                last = Some(event);
             }
             let Some((metadata, last)) = first.zip(last) else {
                 return Err(illegal(format!("there is no saga {saga}")));
             };
+            let version = last.version;
             let last = last.decode::<SagaEvent>().map_err(|error| illegal(error.to_string()))?;
             let progress = last.as_ref().map(SagaEvent::progress);
             let progress = match progress {
@@ -346,9 +343,9 @@ impl Operator {
             let event = request.recorded(progress, self.store.clock().now().timestamp_millis());
             let id = Uuid::new_v4();
             let events = vec![new_event(&event, id, metadata.caused_by(id))?];
-            let append = Append { stream: saga.clone(), expected: Expected::Version(after), events };
+            let append = Append { stream: saga.clone(), expected: Expected::Version(version), events };
             self.store.commit(Commit { appends: vec![append], puts: Vec::new() }).await?;
-            Ok(after.next())
+            Ok(version.next())
         })
         .await
     }
@@ -361,8 +358,8 @@ impl Operator {
         loop {
             // The head is read before the stream, so that no event between the two reads is missed.
             let head = self.store.status().await?.head;
-            let page = self.store.read_stream(saga, after, PAGE).await?;
-            for event in &page {
+            let mut events = pages::history(&*self.store, saga, after);
+            while let Some(event) = events.try_next().await? {
                 let decoded = event.decode::<SagaEvent>();
                 let decoded = decoded.map_err(|error| OperatorError::Illegal(error.to_string()))?;
                 if let Some(answer @ (SagaEvent::Operated { .. } | SagaEvent::Declined { .. })) = decoded {
@@ -370,9 +367,7 @@ impl Operator {
                 }
                 after = event.version;
             }
-            if page.len() < PAGE {
-                self.store.wait(head).await?;
-            }
+            self.store.wait(head).await?;
         }
     }
 
@@ -419,27 +414,17 @@ impl Operator {
         let mut lanes = Vec::new();
         let mut topics = BTreeSet::new();
         let prefix = format!("{subscription}/");
-        let mut after: Arc<str> = prefix.as_str().into();
-        loop {
-            let page = self.store.scan(CHECKPOINTS, &Scan::After(after), PAGE).await?;
-            let of_it = |document: &&Document| document.key.id.starts_with(&prefix);
-            let Some(last) = page.iter().rfind(of_it) else { break };
-            after = last.key.id.clone();
-            for document in page.iter().filter(of_it) {
-                let checkpoint: Checkpoint = serde_json::from_str(&document.body)
-                    .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
-                match checkpoint.incarnation {
-                    Some(_) => {
-                        let partition = &document.key.id[prefix.len()..];
-                        topics.insert(partition.split_once('/').map_or(partition, |(topic, _)| topic).to_owned());
-                    }
-                    // The id of a lane's checkpoint ends in a number. Any other document with this prefix belongs to
-                    // another name.
-                    None if document.key.id[prefix.len()..].parse::<u32>().is_ok() => {
-                        lanes.push((document.clone(), checkpoint));
-                    }
-                    None => {}
-                }
+        let mut documents = pages::collection(&*self.store, CHECKPOINTS, &prefix);
+        while let Some(document) = documents.try_next().await? {
+            let Some(of) = document.key.id.strip_prefix(&prefix) else { break };
+            let checkpoint: Checkpoint = serde_json::from_str(&document.body)
+                .map_err(|error| StoreError::Corrupt(format!("document {}: {error}", document.key)))?;
+            if checkpoint.incarnation.is_some() {
+                topics.insert(of.split_once('/').map_or(of, |(topic, _)| topic).to_owned());
+            } else if of.parse::<u32>().is_ok() {
+                // The id of a lane's checkpoint ends in a number. Any other document with this prefix belongs to
+                // another name.
+                lanes.push((document, checkpoint));
             }
         }
         if !topics.is_empty() {

@@ -16,6 +16,7 @@ use futures::TryStreamExt;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::streams::streams;
 use crate::{
     event::Lines,
     exported::{Archived, ExportWriter, FORMAT, Header, Section},
@@ -28,9 +29,6 @@ use crate::{
     store::Store,
     stream_key::stream_key,
 };
-
-/// The number of streams per page of the listing.
-const PAGE: usize = 1_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -211,21 +209,12 @@ impl FinishedStreams {
         let mut keys = HashSet::new();
         let mut hasher = blake3::Hasher::new();
         for category in categories {
-            let prefix = format!("{category}-");
-            let mut after = prefix.clone();
-            loop {
-                let page = archive.streams(&after, PAGE).await?;
-                let Some(last) = page.last() else { break };
-                after = last.stream.as_str().to_owned();
-                for stream in page.iter().take_while(|stream| stream.stream.as_str().starts_with(&prefix)) {
-                    let quiet = stream.last_at < quiet_before && stream.position.0 <= until;
-                    if quiet && has_ended(archive, stream).await? {
-                        keys.insert(stream_key(stream.stream.as_str()));
-                        hasher.update(stream.stream.as_str().as_bytes()).update(b"\n");
-                    }
-                }
-                if !after.starts_with(&prefix) {
-                    break;
+            let mut streams = streams(archive, Some(category));
+            while let Some(stream) = streams.try_next().await? {
+                let quiet = stream.last_at < quiet_before && stream.position.0 <= until;
+                if quiet && has_ended(archive, &stream).await? {
+                    keys.insert(stream_key(stream.stream.as_str()));
+                    hasher.update(stream.stream.as_str().as_bytes()).update(b"\n");
                 }
             }
         }

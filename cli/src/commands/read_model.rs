@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use annals::{
     EventStore, Operator, Scan,
+    pages::PAGE,
     read_model::{Compared, Difference, Rebuild, live_collection},
 };
 use clap::{Args, Subcommand};
@@ -23,8 +24,6 @@ use crate::{
 
 /// The maximum number of characters of a view in a table.
 const VIEW_CHARS_MAX: usize = 100;
-/// The number of views per read.
-const PAGE: usize = 500;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:

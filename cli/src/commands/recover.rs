@@ -12,16 +12,18 @@ use std::{
 };
 
 use annals::{
-    Archive, Document, DocumentKey, Position, StreamId,
+    Archive, Document, DocumentKey, Position, StreamId, Version,
     archive::{Contents, Stored},
     bus::Ends,
     checkpoint::CHECKPOINTS,
     operator::OperatorEvent,
+    pages,
     recovery::{self, Recovery},
     relay::{LogNames, RelayProgress, Segment},
 };
 use annals_kafka::{KafkaBus, Settings};
 use clap::Args;
+use futures::TryStreamExt;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -425,17 +427,13 @@ async fn recorded(
     first: Position,
 ) -> Result<Stored<'static>, Failure> {
     let stream = StreamId::new(annals::operator::CATEGORY, LOG).map_err(|error| Failure::new(error.to_string()))?;
-    let mut version = annals::Version::START;
-    let mut page = archive.read_stream(&stream, version, 500).await?;
-    while let Some(last) = page.last() {
-        version = last.version;
-        page = archive.read_stream(&stream, version, 500).await?;
-    }
+    let events = pages::history(&**archive, &stream, Version::START);
+    let last = events.try_fold(Version::START, async |_, event| Ok(event.version)).await?;
     let new = event.recorded(uuid::Uuid::new_v4())?;
     Ok(Stored {
         position: first,
         stream: stream.as_str().to_owned().into(),
-        version: version.next(),
+        version: last.next(),
         id: new.id,
         type_name: new.type_name.to_string().into(),
         schema_version: new.schema_version,

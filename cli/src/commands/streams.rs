@@ -1,8 +1,9 @@
 //! `streams`: lists streams.
 
-use annals::archive::StreamSummary;
+use annals::{Archive, StoreError, archive::StreamSummary, pages::PAGE};
 use chrono::{DateTime, Utc};
 use clap::Args;
+use futures::{StreamExt, TryStreamExt, future, stream, stream::BoxStream};
 use serde::Serialize;
 
 use crate::{
@@ -12,8 +13,6 @@ use crate::{
     store::Store,
 };
 
-/// The number of streams per page of the listing.
-const PAGE: usize = 1_000;
 /// The maximum number of rows in a table, unless `--limit` sets another.
 const ROWS_DEFAULT: usize = 100;
 
@@ -71,30 +70,20 @@ pub(crate) async fn run(arguments: StreamsArgs, store: &Store, output: &mut Outp
     let archive = store.port();
     let limit = arguments.limit.unwrap_or(if output.json { usize::MAX } else { ROWS_DEFAULT });
     let wanted = StreamFilter::of(&arguments);
-    let prefix = arguments.category.as_ref().map(|category| format!("{category}-"));
-    // All streams of the category sort after this prefix, since each has an id.
-    let mut after = prefix.clone().unwrap_or_default();
+    let mut streams = streams(&*archive, arguments.category.as_deref());
     let mut rows = Vec::new();
     let mut found = 0;
     let mut more = false;
-    'pages: loop {
-        let page = archive.streams(&after, PAGE).await?;
-        let Some(last) = page.last() else { break };
-        after = last.stream.as_str().to_owned();
-        for stream in page {
-            if prefix.as_ref().is_some_and(|prefix| !stream.stream.as_str().starts_with(prefix)) {
-                break 'pages;
-            }
-            if !wanted.has(&stream) {
-                continue;
-            }
-            if found == limit {
-                more = true;
-                break 'pages;
-            }
-            found += 1;
-            rows.push(StreamRow::from(stream));
+    while let Some(stream) = streams.try_next().await? {
+        if !wanted.has(&stream) {
+            continue;
         }
+        if found == limit {
+            more = true;
+            break;
+        }
+        found += 1;
+        rows.push(StreamRow::from(stream));
         if output.json {
             show(&std::mem::take(&mut rows), output)?;
         }
@@ -105,6 +94,23 @@ pub(crate) async fn run(arguments: StreamsArgs, store: &Store, output: &mut Outp
         eprintln!("there are more streams: raise --limit, or narrow the filter");
     }
     Ok(Verdict::Fine)
+}
+
+/// Reads the streams of a category, or of all categories, in the order of their names. Holds one page in memory.
+pub(super) fn streams<'a>(
+    archive: &'a dyn Archive,
+    category: Option<&str>,
+) -> BoxStream<'a, Result<StreamSummary, StoreError>> {
+    // All streams of the category sort after this prefix, since each has an id.
+    let prefix = category.map(|category| format!("{category}-")).unwrap_or_default();
+    let pages = stream::try_unfold(prefix.clone(), move |after| async move {
+        let page = archive.streams(&after, PAGE).await?;
+        let Some(last) = page.last() else { return Ok(None) };
+        let next = last.stream.as_str().to_owned();
+        Ok(Some((stream::iter(page.into_iter().map(Ok)), next)))
+    });
+    let is_of_it = move |stream: &StreamSummary| future::ready(Ok(stream.stream.as_str().starts_with(&prefix)));
+    pages.try_flatten().try_take_while(is_of_it).boxed()
 }
 
 fn show(rows: &[StreamRow], output: &mut Output) -> Result<(), Failure> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use annals::{Position, StoreError};
+use annals::{Position, StoreError, pages::PAGE};
 use clap::Args;
 
 use super::read;
@@ -13,8 +13,6 @@ use crate::{
     store::Store,
 };
 
-/// The number of events per read.
-const PAGE: usize = 500;
 /// The first delay before an unavailable store is read again. The delay doubles up to `PAUSE_MAX`.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(10);

@@ -14,14 +14,13 @@ use crate::{
     decide::aggregate::Aggregate,
     event::{Event, EventType, Position, StreamId, StreamIdError},
     health::{Health, State},
-    store::{EventStore, LogQuery, StoreError},
+    store::{EventStore, LogQuery, StoreError, pages::PAGE},
 };
 
 /// How long a category that a service publishes or follows may be missing before the health report names the category.
 const UNKNOWN_MAX: Duration = Duration::from_secs(10);
 /// The time between two searches of the log for missing categories.
 const LOOK: Duration = Duration::from_millis(500);
-const PAGE: usize = 1_000;
 /// The pause between two pages, so that the search of a long log does not slow down other readers.
 const PAUSE: Duration = Duration::from_millis(10);
 /// The category of the streams that record operator actions. Each subscription has its own stream.

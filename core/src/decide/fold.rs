@@ -6,6 +6,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use futures::TryStreamExt;
 use uuid::Uuid;
 
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
         remembered::{First, Remembered},
     },
     event::{DecodeError, Position, StreamId, StreamIdError, Version, derived_id},
-    store::{EventStore, StoreError},
+    store::{EventStore, StoreError, pages},
 };
 
 /// The number of events read per page while folding.
@@ -187,17 +188,13 @@ impl<A: Aggregate> Folds<A> {
         command_id: Uuid,
     ) -> Result<Option<Version>, StoreError> {
         let id = derived_id(command_id, 0);
-        let mut after = Version::START;
-        loop {
-            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
-            if let Some(found) = page.iter().find(|event| event.id == id) {
-                return Ok(Some(found.version));
-            }
-            match page.last() {
-                Some(last) if page.len() == FOLD_PAGE => after = last.version,
-                _ => return Ok(None),
+        let mut events = pages::history(store, stream, Version::START);
+        while let Some(event) = events.try_next().await? {
+            if event.id == id {
+                return Ok(Some(event.version));
             }
         }
+        Ok(None)
     }
 
     /// Returns the events that the store already holds for this command, together with the version and the position of
@@ -213,22 +210,16 @@ impl<A: Aggregate> Folds<A> {
         let mut index = 0;
         let mut after = Version(first.0 - 1);
         let mut position = None;
-        loop {
-            let page = store.read_stream(stream, after, FOLD_PAGE).await?;
-            let last = page.len() < FOLD_PAGE;
-            for event in page {
-                if event.id != derived_id(command_id, index) {
-                    return Ok((events, after, position));
-                }
-                index += 1;
-                after = event.version;
-                position = Some(event.position);
-                events.extend(event.decode::<A::Event>()?);
-            }
-            if last {
-                return Ok((events, after, position));
-            }
+        let mut stored = pages::history(store, stream, after);
+        while let Some(event) = stored.try_next().await?
+            && event.id == derived_id(command_id, index)
+        {
+            index += 1;
+            after = event.version;
+            position = Some(event.position);
+            events.extend(event.decode::<A::Event>()?);
         }
+        Ok((events, after, position))
     }
 
     fn snapshot_key(&self, stream: &StreamId) -> DocumentKey {

@@ -2,16 +2,14 @@
 
 use std::collections::HashMap;
 
+use futures::TryStreamExt;
 use uuid::Uuid;
 
 use crate::{
     commit::Committed,
     event::{Position, StreamId, Version},
-    store::{EventStore, StoreError},
+    store::{EventStore, StoreError, pages},
 };
-
-/// The number of events read per page.
-const PAGE: usize = 1_000;
 
 /// A commit with an unknown outcome, which is recognised by its events. The commit expected each stream at a certain
 /// version. If the commit was stored, its events therefore have exactly the versions for which they were staged,
@@ -57,17 +55,15 @@ impl UnsettledStream {
     async fn find(&self, store: &dyn EventStore) -> Result<Option<Position>, StoreError> {
         let mut at = self.base;
         let mut position = Position::START;
+        let mut events = pages::history(store, &self.stream, self.base);
         while at < self.last {
-            let page = store.read_stream(&self.stream, at, PAGE).await?;
-            if page.first().is_none_or(|event| event.version > self.last) {
+            let Some(event) = events.try_next().await? else { return Ok(None) };
+            let is_other = self.commands.get(&event.version).is_some_and(|id| *id != event.id);
+            if is_other || event.version > self.last {
                 return Ok(None);
             }
-            for event in page.into_iter().take_while(|event| event.version <= self.last) {
-                if self.commands.get(&event.version).is_some_and(|id| *id != event.id) {
-                    return Ok(None);
-                }
-                (at, position) = (event.version, event.position);
-            }
+            at = event.version;
+            position = event.position;
         }
         Ok(Some(position))
     }

@@ -24,7 +24,10 @@ use crate::{
         checkpoint::{CHECKPOINTS, Checkpoint, Lane},
         parking,
     },
-    store::{EventStore, Scan, StoreError, pages},
+    store::{
+        EventStore, Scan, StoreError,
+        pages::{self, PAGE},
+    },
 };
 
 /// The collection that contains one pointer document per read model.
@@ -42,8 +45,6 @@ const WATCH: Duration = Duration::from_secs(6);
 /// The maximum number of attempts to change the pointer, because heartbeats and other builds may change the pointer
 /// first.
 const RACES_MAX: u32 = 50;
-/// The number of documents removed in one commit.
-const PAGE: usize = 500;
 
 /// The pointer document of a read model.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures::TryStreamExt;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
@@ -11,15 +12,13 @@ use super::{
 };
 use crate::{
     event::{StreamId, Version},
-    store::{EventStore, WaitError},
+    store::{EventStore, WaitError, pages},
 };
 
 /// The shortest and the longest pause between two reads of the saga's stream. The function waits for new events of the
 /// log before each read. On a busy log, most of these events belong to other sagas, so the pauses limit the load.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// The number of events read per page.
-const PAGE: usize = 500;
 
 /// Waits until the saga with this stream has ended, and returns the saga's final progress. If the saga has not started
 /// yet, the function also waits for the start. A stuck saga has not ended: the function keeps waiting until an operator
@@ -37,9 +36,8 @@ pub async fn wait_for_end(store: &dyn EventStore, saga: &StreamId, limit: Durati
     loop {
         // The head is read before the stream, so that no event between the two reads is missed.
         let head = store.status().await?.head;
-        loop {
-            let page = store.read_stream(saga, read_up_to, PAGE).await?;
-            let Some(last) = page.last() else { break };
+        let last = pages::history(store, saga, read_up_to).try_fold(None, async |_, event| Ok(Some(event))).await?;
+        if let Some(last) = last {
             read_up_to = last.version;
             if let Some(event) = last.decode::<SagaEvent>()? {
                 progress = Some(event.progress().clone());

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -19,15 +20,14 @@ use crate::{
     },
     service::start_error::StartError,
     store::{
-        EventStore, LogQuery, Scan, StoreError,
+        EventStore, LogQuery, StoreError,
         names::{LogNames, log_of},
+        pages::{self, PAGE},
     },
 };
 
 pub use crate::service::start_error::Ahead;
 
-/// The number of events or documents read per page.
-const PAGE: usize = 500;
 /// How often the timers of a recovered service check whether its inbox was read.
 const INBOX_LOOK: Duration = Duration::from_secs(1);
 /// How often a recovered service checks whether its sagas were started again.
@@ -83,12 +83,12 @@ impl Recovery {
 /// Returns the names of the instances that are alive on a store. The call watches for heartbeats, and takes as long as
 /// three heartbeat intervals.
 pub async fn alive(store: &dyn EventStore) -> Result<Vec<Arc<str>>, StoreError> {
-    let before = store.scan(INSTANCES, &Scan::After("".into()), PAGE).await?;
+    let before: Vec<Document> = pages::collection(store, INSTANCES, "").try_collect().await?;
     if before.is_empty() {
         return Ok(Vec::new());
     }
     tokio::time::sleep(3 * HEARTBEAT).await;
-    let after = store.scan(INSTANCES, &Scan::After("".into()), PAGE).await?;
+    let after: Vec<Document> = pages::collection(store, INSTANCES, "").try_collect().await?;
     let beats = after.into_iter().filter(|document| !before.contains(document));
     Ok(beats.map(|document| document.key.id).collect())
 }
@@ -325,7 +325,7 @@ mod tests {
     use crate::{
         commit::Committed,
         event::{StreamId, Version},
-        store::{LogPage, StoreStatus, memory::MemoryStore},
+        store::{LogPage, Scan, StoreStatus, memory::MemoryStore},
     };
 
     /// A store whose reads of documents take a moment, so that two services read the same version of a document.

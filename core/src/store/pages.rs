@@ -10,8 +10,8 @@ use crate::{
     store::{EventStore, Scan, StoreError},
 };
 
-/// The number of events or documents per page.
-const PAGE: usize = 500;
+/// The number of events or documents per page, where nothing requires another number.
+pub const PAGE: usize = 500;
 
 /// Reads the events of a stream with versions above `after`, in order. Holds one page in memory.
 ///

@@ -9,6 +9,7 @@ use std::{
 
 use annals::{
     EventStore, LogQuery, Recorded, StreamId, Version,
+    pages::PAGE,
     saga::{Glimpse, Progress, Status},
 };
 use tokio::sync::Notify;
@@ -18,8 +19,6 @@ use super::metrics::Metrics;
 
 /// The delay before a failed read of the log is retried.
 const READ_AGAIN: Duration = Duration::from_millis(200);
-/// The number of events per read.
-const PAGE: usize = 1_000;
 /// The maximum number of payload bytes kept for one request: far more than an ordinary order and its saga have. Above
 /// the limit, no events are kept, and the request reads the store instead.
 const KEPT_BYTES_MAX: usize = 32_000;
