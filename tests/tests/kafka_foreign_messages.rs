@@ -5,10 +5,10 @@
 mod kafka;
 mod postgres;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use annals::{Append, Commit, Operator};
-use kafka::{DRAIN, Pair, Sql, TALLIES, add, append, topic, topic::Record, until, wire};
+use kafka::{DRAIN, DeadLetter, Pair, Sql, TALLIES, add, append, topic, topic::Record, until, wire};
 use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
@@ -97,10 +97,14 @@ async fn repeating_the_whole_topic_changes_nothing() {
     consumer.drain(DRAIN).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn poison_messages_are_parked_among_good_ones() {
-    let pair = Pair::new().await;
-    let consumer = pair.consumer().await;
+/// A record that the consumer parks, for a tally of its own. `reason` is a part of the reason that the dead letter gives.
+struct Poison {
+    tally: &'static str,
+    record: Record,
+    reason: &'static str,
+}
+
+fn poison() -> Vec<Poison> {
     let nested = [vec![b'['; 300], vec![b']'; 300]].concat();
     let of = |tally: &str| event(tally, 2);
     let poison = [
@@ -127,41 +131,40 @@ async fn poison_messages_are_parked_among_good_ones() {
             "is a batch of CloudEvents",
         ),
     ];
+    poison.into_iter().map(|(tally, record, reason)| Poison { tally, record, reason }).collect()
+}
+
+/// Returns each poison record between two good records of its tally, with records of other tallies before them.
+fn among_good_records(poison: &[Poison]) -> Vec<Record> {
     let mut records = Vec::new();
-    for (tally, bad, _) in &poison {
+    for Poison { tally, record, .. } in poison {
         records.extend((0..GOOD).map(|good| event(&format!("good{good}"), records.len() as i64)).collect::<Vec<_>>());
-        records.extend([event(tally, 1), bad.clone(), event(tally, 3)]);
+        records.extend([event(tally, 1), record.clone(), event(tally, 3)]);
     }
-    records.push(Record { key: Some(b"\xff\xfe".to_vec()), ..event("key", 2) });
-    records.push(Record { key: None, headers: Vec::new(), ..event("none", 2) });
-    send(&pair, records.clone()).await;
-    let (brokers, topic) = (pair.brokers.clone(), pair.topic());
-    spawn_blocking(move || wire::send(&brokers, &topic, b"tally-name", b"{}", b"ce_\xff")).await.unwrap();
-    let mut sql = pair.sql().await;
-    consumed(&pair, &mut sql).await;
-    let parked = sql.dead_letters().await;
-    assert_eq!(parked.len(), poison.len() + 2, "{:?}", parked.iter().map(|letter| &letter.key).collect::<Vec<_>>());
-    for (tally, bad, reason) in &poison {
+    records
+}
+
+/// Checks that each poison record is parked unchanged, with the record that follows in its tally.
+fn assert_parked(poison: &[Poison], parked: &[DeadLetter]) {
+    for Poison { tally, record, reason } in poison {
         let letter = parked.iter().find(|letter| letter.key == format!("tally-{tally}")).unwrap();
         assert!(letter.reason.contains(reason), "{tally}: {}", letter.reason);
         assert_eq!((letter.attempts, letter.behind), (1, 1), "{tally}: {}", letter.reason);
         let message: serde_json::Value = serde_json::from_str(&letter.message).unwrap();
-        let bytes = bad.value.as_deref().unwrap_or_default();
+        let bytes = record.value.as_deref().unwrap_or_default();
         match message["raw"].as_str() {
             Some(raw) => assert_eq!(raw, bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), "{tally}"),
             // The record is a message that the handler cannot decode.
             None => {
-                let data = bad.value.as_deref().filter(|value| !value.is_empty()).unwrap_or(b"null");
+                let data = record.value.as_deref().filter(|value| !value.is_empty()).unwrap_or(b"null");
                 assert_eq!(message["data"].as_str().unwrap().as_bytes(), data, "{tally}");
             }
         }
     }
-    for key in ["", "tally-name"] {
-        assert!(parked.iter().any(|letter| letter.key == key), "the key {key:?}");
-    }
-    // The copied amounts are in the order in which they were sent, without the amounts that wait.
-    let copied = sql.copied().await;
-    assert_eq!(copied["key"], [2], "a key may be any bytes");
+}
+
+/// Checks that the amounts of the good tallies are copied in the order in which they were sent.
+fn assert_good_tallies_are_copied(copied: &BTreeMap<String, Vec<i64>>, records: &[Record]) {
     for good in 0..GOOD {
         let tally = format!("good{good}");
         let key = format!("tally-{tally}").into_bytes();
@@ -172,21 +175,46 @@ async fn poison_messages_are_parked_among_good_ones() {
         let sent: Vec<i64> = sent.map(|record| amount(record).as_i64().unwrap()).collect();
         assert_eq!(copied[&tally], sent, "{tally}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn poison_messages_are_parked_among_good_ones() {
+    let pair = Pair::new().await;
+    let consumer = pair.consumer().await;
+    let poison = poison();
+    let mut records = among_good_records(&poison);
+    records.push(Record { key: Some(b"\xff\xfe".to_vec()), ..event("key", 2) });
+    records.push(Record { key: None, headers: Vec::new(), ..event("none", 2) });
+    send(&pair, records.clone()).await;
+    let brokers = pair.brokers.clone();
+    let topic = pair.topic();
+    spawn_blocking(move || wire::send(&brokers, &topic, b"tally-name", b"{}", b"ce_\xff")).await.unwrap();
+    let mut sql = pair.sql().await;
+    consumed(&pair, &mut sql).await;
+    let parked = sql.dead_letters().await;
+    assert_eq!(parked.len(), poison.len() + 2, "{:?}", parked.iter().map(|letter| &letter.key).collect::<Vec<_>>());
+    assert_parked(&poison, &parked);
+    for key in ["", "tally-name"] {
+        assert!(parked.iter().any(|letter| letter.key == key), "the key {key:?}");
+    }
+    let copied = sql.copied().await;
+    assert_eq!(copied["key"], [2], "a key may be any bytes");
+    assert_good_tallies_are_copied(&copied, &records);
     let operator = Operator::new(pair.sink_store().await, "ann");
-    for (tally, ..) in &poison {
+    for Poison { tally, .. } in &poison {
         assert_eq!(copied[*tally], [1], "{tally}");
         let key = format!("tally-{tally}");
         assert_eq!(operator.redrive(&pair.group(), &key, "a test").await.unwrap(), 2);
     }
     // After a redrive, the messages fail as before. After a drop, the messages behind the dropped messages are handled.
-    let tried = |parked: Vec<kafka::DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
+    let tried = |parked: Vec<DeadLetter>| parked.iter().filter(|letter| letter.attempts == 2).count();
     until("all poison messages are retried", async || tried(sql.dead_letters().await) == poison.len()).await;
-    for (tally, ..) in &poison {
+    for Poison { tally, .. } in &poison {
         operator.drop_first(&pair.group(), &format!("tally-{tally}"), "a test").await.unwrap().unwrap();
     }
     until("no message waits any more", async || sql.dead_letters().await.len() == 2).await;
     let copied = sql.copied().await;
-    for (tally, ..) in &poison {
+    for Poison { tally, .. } in &poison {
         assert_eq!(copied[*tally], [1, 3], "{tally}");
     }
     consumer.drain(DRAIN).await.unwrap();
