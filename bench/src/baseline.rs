@@ -12,13 +12,14 @@ use crate::{Failure, Figure};
 /// The number of rows per statement and per transaction.
 const BATCH: usize = 500;
 
-type EventRow = (i64, String, i64, String, String, i64, String, String, i64);
+type StoredEvent = (i64, String, i64, String, String, i64, String, String, i64);
 type DocumentRow = (String, String, i64, String, Option<i64>);
 
 /// Reads the rows of the database at `path`, and writes them to a new database in the same folder.
 pub async fn rewrite(path: &Path, workload: &str) -> Result<Figure, Failure> {
     let mut source = SqliteConnection::connect_with(&options(path)).await?;
-    let events: Vec<EventRow> = sqlx::query_as("SELECT * FROM events ORDER BY position").fetch_all(&mut source).await?;
+    let events: Vec<StoredEvent> =
+        sqlx::query_as("SELECT * FROM events ORDER BY position").fetch_all(&mut source).await?;
     let documents: Vec<DocumentRow> = sqlx::query_as("SELECT * FROM documents").fetch_all(&mut source).await?;
     let schema: Vec<(String,)> =
         sqlx::query_as("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND type IN ('table', 'index')")

@@ -24,7 +24,7 @@ const COLUMNS: &str = "position, stream_id, version, event_id, type, schema_vers
 /// The command must be in the folder of this program, where `cargo build --profile dist -p annals-cli` puts it. `psql`
 /// must be in the path. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct CliArguments {
     /// The number of events in the log.
     #[arg(long, default_value_t = 1_000_000)]
     events: i64,
@@ -41,12 +41,12 @@ pub struct Arguments {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: CliArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+async fn measure(arguments: &CliArguments, server: &Server) -> Result<(), Failure> {
     let url = &server.url;
     // Creates the tables.
     PostgresStore::connect(url, Settings::default()).await?.close().await?;

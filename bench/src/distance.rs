@@ -21,7 +21,7 @@ const PARTITIONS: u32 = 8;
 /// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars.
 /// The database is the one that DATABASE_URL names, or a temporary one. The connection to the database has no delay.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct DistanceArguments {
     /// The delay of all bytes to and from the broker in milliseconds, each way.
     #[arg(long, value_delimiter = ',', default_values_t = [0, 5, 20])]
     one_way_ms: Vec<u64>,
@@ -40,12 +40,12 @@ pub struct Arguments {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: DistanceArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+async fn measure(arguments: &DistanceArguments, server: &Server) -> Result<(), Failure> {
     let mut bench = Bench::new(server);
     for one_way_ms in &arguments.one_way_ms {
         for at_once in &arguments.concurrency {

@@ -21,7 +21,7 @@ const REST: Duration = Duration::from_secs(5);
 /// Starts its own server unless `DATABASE_URL` names one. The CPU time of a server that `DATABASE_URL` names is
 /// unknown.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct IdleArguments {
     /// The number of seconds to measure, during which no event is recorded.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
@@ -55,13 +55,13 @@ impl Handler for Nothing {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: IdleArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
-    let Arguments { seconds, subscriptions, lanes, .. } = *arguments;
+async fn measure(arguments: &IdleArguments, server: &Server) -> Result<(), Failure> {
+    let IdleArguments { seconds, subscriptions, lanes, .. } = *arguments;
     let separator = if server.url.contains('?') { '&' } else { '?' };
     let url = format!("{}{separator}pooled={}", server.url, arguments.pooled);
     let store = PostgresStore::connect(&url, Settings::default()).await?;

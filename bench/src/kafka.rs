@@ -17,7 +17,7 @@ use crate::{
 ///
 /// KAFKA_BROKERS names the cluster. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct KafkaArguments {
     /// The number of events to relay and to consume.
     #[arg(long, default_value_t = 200_000)]
     events: i64,
@@ -39,13 +39,13 @@ pub struct Arguments {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: KafkaArguments) -> Result<(), Failure> {
     let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server, &brokers)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server, brokers: &str) -> Result<(), Failure> {
+async fn measure(arguments: &KafkaArguments, server: &Server, brokers: &str) -> Result<(), Failure> {
     let (url, partitions, count) = (&server.url, arguments.partitions, usize::try_from(arguments.events)?);
     for schema in ["annals", "annals_here", "annals_there"] {
         let settings = Settings { schema: schema.into(), ..Settings::default() };

@@ -52,12 +52,12 @@ struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Store {
-    Postgres(postgres::Arguments),
-    Kafka(kafka::Arguments),
-    Shop(shop::Arguments),
-    Cli(cli::Arguments),
-    Idle(idle::Arguments),
-    Distance(distance::Arguments),
+    Postgres(postgres::PostgresArguments),
+    Kafka(kafka::KafkaArguments),
+    Shop(shop::ShopArguments),
+    Cli(cli::CliArguments),
+    Idle(idle::IdleArguments),
+    Distance(distance::DistanceArguments),
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]

@@ -24,7 +24,7 @@ use crate::Failure;
 /// Starts its own server unless `DATABASE_URL` names one. On a server that `DATABASE_URL` names, the benchmark writes
 /// to the schema `annals`, and the server should have no other load.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct PostgresArguments {
     /// The number of commands of each workload.
     #[arg(long, default_value_t = 50_000)]
     commands: usize,
@@ -159,7 +159,7 @@ impl<'s> Bench<'s> {
 
     /// Measures the workloads that are repeated on a larger table. Returns the indexes of the three sides that run
     /// Annals.
-    async fn rates(&mut self, arguments: &Arguments, events: &str) -> Result<[usize; 3], Failure> {
+    async fn rates(&mut self, arguments: &PostgresArguments, events: &str) -> Result<[usize; 3], Failure> {
         let url = &self.server.url;
         let count = arguments.commands;
         let few = (count / 25).max(100);
@@ -187,7 +187,7 @@ impl<'s> Bench<'s> {
         Ok([of_many, of_64, alone])
     }
 
-    async fn others(&mut self, arguments: &Arguments, of_64: usize) -> Result<(), Failure> {
+    async fn others(&mut self, arguments: &PostgresArguments, of_64: usize) -> Result<(), Failure> {
         let url = &self.server.url;
         let (aggregates, count) = (arguments.aggregates, arguments.commands);
         for (workload, warm, goal) in
@@ -236,12 +236,12 @@ impl<'s> Bench<'s> {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: PostgresArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+async fn measure(arguments: &PostgresArguments, server: &Server) -> Result<(), Failure> {
     // Creates the tables.
     PostgresStore::connect(&server.url, Settings::default()).await?.close().await?;
     let mut bench = Bench::new(server);

@@ -28,7 +28,7 @@ const ROLES: [&str; 4] = ["order", "inventory", "payment", "notification"];
 /// The binary `sample-shop` must be in the folder of this program, and KAFKA_JARS must name the folder of Kafka's jars,
 /// because each round starts its own broker. The database is the one that DATABASE_URL names, or a temporary one.
 #[derive(clap::Args)]
-pub struct Arguments {
+pub struct ShopArguments {
     /// The number of orders for the measurement with many in flight. A high number makes the first and last orders,
     /// which run with fewer in flight, negligible.
     #[arg(long, default_value_t = 20_000)]
@@ -58,14 +58,14 @@ pub struct Arguments {
 }
 
 /// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
-pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+pub async fn run(arguments: ShopArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await
 }
 
-async fn measure(arguments: &Arguments, server: &Server) -> Result<(), Failure> {
+async fn measure(arguments: &ShopArguments, server: &Server) -> Result<(), Failure> {
     let mut bench = Bench::new(server);
-    let Arguments { orders, alone, concurrency, warm_up, .. } = *arguments;
+    let ShopArguments { orders, alone, concurrency, warm_up, .. } = *arguments;
     for _ in 0..arguments.rounds.max(1) {
         for (count, at_once) in [(orders, concurrency), (alone, 1)] {
             // The rows and messages that a run leaves behind include the rows and messages of the warm-up.

@@ -81,7 +81,7 @@ async fn wait_for(flag: &watch::Sender<bool>) {
 
 type Matches = Box<dyn Fn(&Commit) -> bool + Send + Sync>;
 
-/// A store with scripted faults. Commits are counted from 1; clones share the count and the script.
+/// A store with planned faults. Commits are counted from 1; clones share the count and the faults.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -103,7 +103,7 @@ pub struct FaultyStore {
 }
 
 struct Shared {
-    script: Mutex<Script>,
+    planned: Mutex<PlannedFaults>,
     crashed: watch::Sender<bool>,
     away: watch::Sender<bool>,
     /// The number of calls that failed because the store was away.
@@ -114,7 +114,7 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Script {
+struct PlannedFaults {
     by_number: HashMap<u64, Fault>,
     by_content: Vec<(Matches, Fault)>,
 }
@@ -123,7 +123,7 @@ impl FaultyStore {
     /// Wraps a store. The new store has no faults.
     pub fn new(inner: Arc<dyn EventStore>) -> Self {
         let shared = Shared {
-            script: Mutex::default(),
+            planned: Mutex::default(),
             crashed: watch::Sender::new(false),
             away: watch::Sender::new(false),
             refused: watch::Sender::new(0),
@@ -135,13 +135,13 @@ impl FaultyStore {
 
     /// Sets the fault of commit number `number`.
     pub fn at(&self, number: u64, fault: Fault) -> &Self {
-        self.script().by_number.insert(number, fault);
+        self.planned().by_number.insert(number, fault);
         self
     }
 
     /// Sets a fault for the next commit that matches. The fault occurs once.
     pub fn when(&self, matches: impl Fn(&Commit) -> bool + Send + Sync + 'static, fault: Fault) -> &Self {
-        self.script().by_content.push((Box::new(matches), fault));
+        self.planned().by_content.push((Box::new(matches), fault));
         self
     }
 
@@ -199,17 +199,17 @@ impl FaultyStore {
         _ = self.shared.commits.subscribe().wait_for(|asked| *asked >= commits).await;
     }
 
-    fn script(&self) -> std::sync::MutexGuard<'_, Script> {
-        self.shared.script.lock().unwrap_or_else(PoisonError::into_inner)
+    fn planned(&self) -> std::sync::MutexGuard<'_, PlannedFaults> {
+        self.shared.planned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fault(&self, number: u64, commit: &Commit) -> Option<Fault> {
-        let mut script = self.script();
-        if let Some(fault) = script.by_number.remove(&number) {
+        let mut planned = self.planned();
+        if let Some(fault) = planned.by_number.remove(&number) {
             return Some(fault);
         }
-        let index = script.by_content.iter().position(|(matches, _)| matches(commit))?;
-        Some(script.by_content.remove(index).1)
+        let index = planned.by_content.iter().position(|(matches, _)| matches(commit))?;
+        Some(planned.by_content.remove(index).1)
     }
 
     fn check(&self) -> Result<(), StoreError> {
