@@ -186,7 +186,8 @@ impl<'r> Attributes<'r> {
                 Some(value) => value.parse::<i64>().ok().filter(|number| *number > 0),
                 None => Some(0),
             });
-            let (position, version) = (Position(position?), Version(version?));
+            let position = Position(position?);
+            let version = Version(version?);
             let lane = self.lane.as_deref().filter(|lane| position > Position::START && is_lane(lane));
             (lane.is_some() || self.lane.is_none()).then(|| RelayAttributes {
                 schema_version,
@@ -383,7 +384,8 @@ fn read_structured(payload: &[u8], attributes: &mut Attributes<'_>) -> Result<Ar
     let payload = std::str::from_utf8(payload).map_err(|_| "the value is not UTF-8")?;
     let members: BTreeMap<String, &RawValue> =
         serde_json::from_str(payload).map_err(|error| format!("not a structured CloudEvent: {error}"))?;
-    let (mut data, mut bytes) = (None, None);
+    let mut data = None;
+    let mut bytes = None;
     for (name, value) in members.iter().filter(|(_, value)| value.get() != "null") {
         match &**name {
             "data" => data = Some(value.get()),

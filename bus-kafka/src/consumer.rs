@@ -320,7 +320,8 @@ impl Member {
     }
 
     fn is_fenced(&self) -> BusError {
-        let (group, id) = (&self.group, self.instance_id.as_deref().unwrap_or_default());
+        let group = &self.group;
+        let id = self.instance_id.as_deref().unwrap_or_default();
         if !self.fenced {
             return BusError::Unavailable(format!(
                 "fenced in group {group}: another session, possibly an earlier one of this process, took instance \
@@ -430,7 +431,8 @@ impl Member {
 
     fn check_range(&mut self, place: &Place, first: i64, end: i64) -> Result<(), BusError> {
         let Some(assigned) = self.assigned.get(place).filter(|assigned| assigned.fetching) else { return Ok(()) };
-        let (partition, check) = (assigned.partition.clone(), assigned.check);
+        let partition = assigned.partition.clone();
+        let check = assigned.check;
         let (Some(next), Some(position)) = (assigned.next, assigned.position()) else {
             return self.fetch(place, Offset::Beginning, None);
         };
@@ -455,7 +457,8 @@ impl Member {
     /// Gives up the partitions that the last poll reported as revoked; another member owns them from here on.
     async fn let_go(&mut self) -> Result<(), BusError> {
         let Some(places) = self.leaving.take() else { return Ok(()) };
-        let (mut list, mut offsets) = (TopicPartitionList::new(), TopicPartitionList::new());
+        let mut list = TopicPartitionList::new();
+        let mut offsets = TopicPartitionList::new();
         for place in &places {
             let Some(assigned) = self.assigned.remove(place) else { continue };
             if assigned.fetching {

@@ -110,7 +110,9 @@ impl ConsumerContext for UntilEnd {}
 fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
-    let (mut ranges, mut held, mut list) = (Vec::new(), Vec::new(), TopicPartitionList::new());
+    let mut ranges = Vec::new();
+    let mut held = Vec::new();
+    let mut list = TopicPartitionList::new();
     for partition in 0..count {
         let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
         let known = from.of(named, partition.cast_unsigned());
@@ -160,7 +162,8 @@ fn read(
             Some(Ok(record)) => record,
         };
         silent = Duration::ZERO;
-        let (number, offset) = (record.partition(), record.offset());
+        let number = record.partition();
+        let offset = record.offset();
         if offset < ranges[number as usize].end {
             let partition = Partition { topic: topic.clone(), number: number as u32, incarnation: cluster.clone() };
             let delivery = Delivery { partition, offset, message: cloud_event::decode(&record) };

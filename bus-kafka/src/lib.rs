@@ -129,7 +129,9 @@ impl Publisher for KafkaBus {
         self.add_prefix(&mut messages);
         // Checks all messages before sending any of them, because a message must not overtake an earlier message that
         // is refused.
-        let (mut last, mut bytes_max, mut count): (Option<&Arc<str>>, _, _) = (None, 0, 0);
+        let mut last: Option<&Arc<str>> = None;
+        let mut bytes_max = 0;
+        let mut count = 0;
         let mut partitions = Vec::with_capacity(messages.len());
         for (index, Outgoing { topic, message }) in messages.iter().enumerate() {
             if last != Some(topic) {

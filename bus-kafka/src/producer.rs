@@ -178,7 +178,8 @@ impl SendContext {
 
     /// Returns the gate of a partition.
     fn gate(&self, topic: &Arc<str>, partition: u32) -> Arc<Gate> {
-        let (mut gates, number) = (self.gates.lock().unwrap_or_else(PoisonError::into_inner), partition as usize);
+        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = partition as usize;
         let of_topic = gates.entry(topic.clone()).or_default();
         if of_topic.len() <= number {
             let offset = topic.bytes().map(usize::from).sum::<usize>();
@@ -410,7 +411,8 @@ impl Producer {
         let mut next: Vec<usize> = (0..messages.len()).collect();
         while !next.is_empty() {
             let settled = context.room.notified();
-            let (mut held, mut closed) = (Vec::new(), Vec::<Arc<Gate>>::new());
+            let mut held = Vec::new();
+            let mut closed = Vec::<Arc<Gate>>::new();
             for index in next {
                 let Outgoing { topic, message } = &messages[index];
                 let gate = context.gate(topic, partitions[index]);

@@ -67,7 +67,8 @@ fn begin(consumer: &BaseConsumer<UntilEnd>, ends: &Ends) -> Result<HashMap<Place
     }
     let firsts = offsets(consumer, &places, Offset::Beginning)?;
     let nexts = offsets(consumer, &places, Offset::End)?;
-    let (mut list, mut open) = (TopicPartitionList::new(), HashMap::new());
+    let mut list = TopicPartitionList::new();
+    let mut open = HashMap::new();
     for place in places {
         let Some((first, next)) = firsts.get(&place).copied().zip(nexts.get(&place).copied()) else { continue };
         let known = ends.of(&place.0, place.1.cast_unsigned());
@@ -113,7 +114,8 @@ fn read(
     cluster: &Arc<str>,
     service: &Arc<str>,
 ) -> Result<Vec<Delivery>, BusError> {
-    let (mut found, mut silent) = (Vec::new(), Duration::ZERO);
+    let mut found = Vec::new();
+    let mut silent = Duration::ZERO;
     while !open.is_empty() && found.len() < GIVEN_MAX {
         let record = match consumer.poll(LOOK) {
             Some(Ok(record)) => record,

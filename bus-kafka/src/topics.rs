@@ -163,7 +163,8 @@ impl Topics {
 
     /// Returns the number of partitions if the topic exists. Does not create the topic.
     async fn partitions(&self, topic: &Arc<str>) -> Result<Option<u32>, BusError> {
-        let (probe, topic) = (self.probe.clone(), topic.clone());
+        let probe = self.probe.clone();
+        let topic = topic.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let metadata = probe.fetch_metadata(Some(&topic), PATIENCE);
             metadata.map(|metadata| match metadata.topics() {

@@ -115,27 +115,36 @@ impl SagaState for TransferState {
 
 impl TransferState {
     fn reserve(&self) -> StepRequest {
-        let (account, day, transfer) = (self.from.clone(), self.day.clone(), self.id.clone());
+        let account = self.from.clone();
+        let day = self.day.clone();
+        let transfer = self.id.clone();
         StepRequest::to("limits", &LimitStep::Reserve { account, day, transfer, pence: self.pence })
     }
 
     fn release(&self) -> StepRequest {
-        let (account, day, transfer) = (self.from.clone(), self.day.clone(), self.id.clone());
+        let account = self.from.clone();
+        let day = self.day.clone();
+        let transfer = self.id.clone();
         StepRequest::to("limits", &LimitStep::Release { account, day, transfer, pence: self.pence })
     }
 
     fn debit(&self) -> StepRequest {
-        let (account, transfer, currency) = (self.from.clone(), self.id.clone(), self.currency.clone());
+        let account = self.from.clone();
+        let transfer = self.id.clone();
+        let currency = self.currency.clone();
         StepRequest::to("accounts", &AccountStep::Debit { account, transfer, pence: self.pence, currency })
     }
 
     fn refund(&self) -> StepRequest {
-        let (account, transfer) = (self.from.clone(), self.id.clone());
+        let account = self.from.clone();
+        let transfer = self.id.clone();
         StepRequest::to("accounts", &AccountStep::Refund { account, transfer, pence: self.pence })
     }
 
     fn credit(&self) -> StepRequest {
-        let (account, transfer, currency) = (self.to.clone(), self.id.clone(), self.currency.clone());
+        let account = self.to.clone();
+        let transfer = self.id.clone();
+        let currency = self.currency.clone();
         StepRequest::to("accounts", &AccountStep::Credit { account, transfer, pence: self.pence, currency })
     }
 

@@ -135,7 +135,8 @@ fn versions(variant: &Ident, attributes: &VariantAttributes) -> Result<(i32, Vec
         return Err(Error::new_spanned(&attributes.version, message));
     }
     let upcasters: Vec<ExprPath> = attributes.upcasters.iter().flatten().cloned().collect();
-    let (needed, found) = (version.abs_diff(1) as usize, upcasters.len());
+    let needed = version.abs_diff(1) as usize;
+    let found = upcasters.len();
     if needed == found {
         return Ok((version, upcasters));
     }

@@ -27,7 +27,9 @@ struct Sums {
 
 #[test]
 fn real_orders_add_up_to_the_penny() {
-    let (mut orders, mut returns, mut adjustments) = (Sums::default(), Sums::default(), Sums::default());
+    let mut orders = Sums::default();
+    let mut returns = Sums::default();
+    let mut adjustments = Sums::default();
     let mut invoices = real().invoices().expect("the file is still there");
     for invoice in &mut invoices {
         let invoice = invoice.expect("no row of it is malformed");

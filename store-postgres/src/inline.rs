@@ -39,7 +39,8 @@ impl InlineWriter {
 
     /// Reserves the writer. Returns `None` if the writer is busy or closed.
     pub(crate) fn reserve(&self) -> Option<ReservedWriter> {
-        let (free, runtime) = (self.0.clone().try_lock_owned().ok()?, Handle::try_current().ok()?);
+        let free = self.0.clone().try_lock_owned().ok()?;
+        let runtime = Handle::try_current().ok()?;
         let bound = OwnedMutexGuard::try_map(free, Option::as_mut).ok()?;
         Some(ReservedWriter { bound, runtime })
     }

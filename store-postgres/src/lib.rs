@@ -182,8 +182,9 @@ impl PostgresStore {
         let mut database = Database::locate(url, settings)?;
         database.prepare(create).await?;
         let database = Arc::new(database);
-        let (readers, streams, notifications) =
-            (Readers::new(database.clone()), Streams::default(), Notifications::new());
+        let readers = Readers::new(database.clone());
+        let streams = Streams::default();
+        let notifications = Notifications::new();
         let (queue, submissions) = mpsc::channel(QUEUE_COMMITS_MAX);
         let in_flight = Arc::new(InFlight::default());
         let writer = || Writer::new(&database, &notifications);
@@ -290,7 +291,9 @@ impl EventStore for PostgresStore {
         let mut signals = notifications.subscribe();
         let mut changes = database.history.subscribe();
         let history = *changes.borrow_and_update();
-        let (mut look, mut gap_look, mut first) = (LOOK_MS_MIN, GAP_LOOK_MS_MIN, true);
+        let mut look = LOOK_MS_MIN;
+        let mut gap_look = GAP_LOOK_MS_MIN;
+        let mut first = true;
         loop {
             if database.history.number() != history {
                 return Ok(());

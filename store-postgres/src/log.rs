@@ -215,7 +215,8 @@ impl Log {
     async fn next(&self, after: i64) -> Result<Option<i64>, StoreError> {
         let asked_for = self.history().asked();
         let last = asked_for.1;
-        let (statement, clock) = (&self.database.statements.next, &self.database.clock);
+        let statement = &self.database.statements.next;
+        let clock = &self.database.clock;
         let (next, found, now, asked) = read!(self.readers, |reader| async {
             let asked = clock.ask();
             let query = statement.rows().bind(after).bind(last.map(|(position, _)| position));
@@ -342,7 +343,8 @@ async fn rows(
     after: Position,
     reader: &mut Reader,
 ) -> Result<LogPage, sqlx::Error> {
-    let (mut page, mut bytes) = (LogPage { next: after, ..LogPage::default() }, 0);
+    let mut page = LogPage { next: after, ..LogPage::default() };
+    let mut bytes = 0;
     let mut rows = query.fetch(reader.connection()?);
     while let Some(row) = rows.try_next().await? {
         let event = recorded(&row)?;

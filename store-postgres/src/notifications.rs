@@ -116,7 +116,8 @@ impl Notifications {
         if database.pooled {
             tokio::join!(self.look(&database), self.notify_others(&database));
         }
-        let (mut written, mut reconnect) = (self.written.subscribe(), Reconnect::default());
+        let mut written = self.written.subscribe();
+        let mut reconnect = Reconnect::default();
         loop {
             reconnect.wait().await;
             let ended = self.converse(&database, &mut written, &mut reconnect).await;
@@ -170,8 +171,9 @@ impl Notifications {
 
     /// Notifies other processes through a pooler.
     async fn notify_others(&self, database: &Database) {
-        let (channel, mut written, mut reconnect) =
-            (database.channel(), self.written.subscribe(), Reconnect::default());
+        let channel = database.channel();
+        let mut written = self.written.subscribe();
+        let mut reconnect = Reconnect::default();
         let mut connection: Option<PgConnection> = None;
         // `self` holds the sender, so the channel never closes.
         while written.changed().await.is_ok() {
@@ -202,7 +204,8 @@ impl Notifications {
 
     /// Polls for new events, on behalf of all waiting tasks.
     async fn look(&self, database: &Database) {
-        let (mut connection, mut reconnect) = (None::<PgConnection>, Reconnect::default());
+        let mut connection = None::<PgConnection>;
+        let mut reconnect = Reconnect::default();
         let mut last = None;
         loop {
             reconnect.wait().await;

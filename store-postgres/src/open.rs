@@ -242,7 +242,8 @@ impl Database {
             .extra_float_digits(None)
             .disable_statement_logging();
         let options = if pooled { options } else { options.options(SETTINGS) };
-        let (clock, history) = (Clock::of_the_machine(), History::default());
+        let clock = Clock::of_the_machine();
+        let history = History::default();
         Ok(Self { options, settings, statements, pooled, operates: false, clock, history })
     }
 
@@ -288,7 +289,8 @@ impl Database {
             _ if create => self.migrate(connection).await?,
             0 => return Err(OpenError::Missing { schema: schema() }),
             found => {
-                let (found, known) = (found as i32, MIGRATIONS.len() as i32);
+                let found = found as i32;
+                let known = MIGRATIONS.len() as i32;
                 return Err(OpenError::Outdated { schema: schema(), found, known });
             }
         }

@@ -134,7 +134,8 @@ impl Queue {
 
     fn group(&self, mut first: Submission, submissions: &mut mpsc::Receiver<Submission>) -> Vec<Submission> {
         first.guard.wait_no_longer();
-        let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
+        let mut rows = first.commit.rows;
+        let mut bytes = first.commit.bytes;
         let mut group = vec![first];
         while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
             let Ok(mut next) = submissions.try_recv() else { break };

@@ -20,7 +20,8 @@ const TIME_SECONDS: std::ops::RangeInclusive<i64> = -210_866_803_200..=9_224_318
 /// repeated for longer than a read waits for a session, because the caller must learn that the server is unreachable.
 macro_rules! read {
     ($readers:expr, |$reader:ident| $read:expr) => {{
-        let (mut reads, started) = (1, tokio::time::Instant::now());
+        let mut reads = 1;
+        let started = tokio::time::Instant::now();
         loop {
             let outcome = async {
                 let mut $reader = $readers.get().await?;

@@ -169,7 +169,8 @@ impl Drop for Reader {
         }
         // The pooler keeps a server session for as long as the transaction lasts, so the transaction is ended first.
         if let Ok(runtime) = Handle::try_current() {
-            let (history, sessions) = (self.history, self.sessions.clone());
+            let history = self.history;
+            let sessions = self.sessions.clone();
             runtime.spawn(async move {
                 if sqlx::raw_sql("COMMIT").execute(&mut connection).await.is_ok() {
                     sessions.take_back(history, connection);

@@ -176,7 +176,8 @@ impl PostgresStore {
     /// The replay uses a connection of its own until the replay has ended or is dropped.
     pub fn replay(&self, replay: Replay) -> impl Stream<Item = Result<Recorded, StoreError>> + Send + Unpin + use<> {
         let decode = |rows: &[u8]| {
-            let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
+            let mut rows = Rows::new(rows);
+            let mut events = Vec::with_capacity(BATCH_EVENTS);
             while let Some(row) = rows.next()? {
                 events.push(rows.recorded(&row));
             }
@@ -213,7 +214,8 @@ impl PostgresStore {
         replay: Replay,
     ) -> impl Stream<Item = Result<Replayed<E>, ReplayError>> + Send + Unpin + use<E> {
         let decode = |rows: &[u8]| {
-            let (mut rows, mut events) = (Rows::new(rows), Vec::with_capacity(BATCH_EVENTS));
+            let mut rows = Rows::new(rows);
+            let mut events = Vec::with_capacity(BATCH_EVENTS);
             while let Some(row) = rows.next()? {
                 match E::decode(row.type_name, row.schema_version, row.data) {
                     Ok(Some(event)) => events.push(Ok(replayed(&row, event))),
@@ -252,7 +254,8 @@ impl PostgresStore {
     {
         let take = Arc::new(take);
         self.decoded(replay, COLUMNS, move |rows: &[u8]| {
-            let (mut rows, mut batch) = (Rows::new(rows), B::default());
+            let mut rows = Rows::new(rows);
+            let mut batch = B::default();
             while let Some(row) = rows.next()? {
                 take(&mut batch, row.stored());
             }
@@ -310,7 +313,9 @@ impl PostgresStore {
 }
 
 fn replayed<E>(row: &Row<'_>, event: E) -> Replayed<E> {
-    let (position, stream, version) = (row.position, row.stream(), row.version);
+    let position = row.position;
+    let stream = row.stream();
+    let version = row.version;
     Replayed { position, stream, version, recorded_at: row.recorded_at(), event }
 }
 
@@ -357,7 +362,8 @@ impl Copier {
     async fn copy(&mut self, until: i64) -> Result<(), StoreError> {
         let history = self.shared.database.history.number();
         let until = until.min(self.shared.log.status().await?.head.0);
-        let (mut connection, mut failures) = (None::<PgConnection>, 0);
+        let mut connection = None::<PgConnection>;
+        let mut failures = 0;
         while self.last < until {
             let before = self.last;
             let page = async {
@@ -431,7 +437,8 @@ impl Copier {
             .replace("{limit}", &PAGE_EVENTS.to_string())
             .replace("{filter}", &self.filter);
         let mut copied = open.copy_out_raw(&statement).await?;
-        let (mut events, mut header) = (0, HEADER_BYTES);
+        let mut events = 0;
+        let mut header = HEADER_BYTES;
         // Each message contains one row. The header precedes the first row, and the last message is a trailer.
         while let Some(message) = copied.try_next().await? {
             let row = &message[std::mem::take(&mut header).min(message.len())..];

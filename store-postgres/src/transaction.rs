@@ -188,7 +188,8 @@ impl OpenTransaction {
         let error = |error: sqlx::Error| write_error(&error);
         let commits = std::slice::from_ref(commit);
         let ready: Arc<str> = format!("{}; {SETTINGS_OF_STORE}", self.rewind_to(handled).map_err(error)?).into();
-        let (mut known, mut races) = (None, 0);
+        let mut known = None;
+        let mut races = 0;
         let mut rewound = false;
         loop {
             if !rewound {

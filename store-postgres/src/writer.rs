@@ -120,7 +120,8 @@ pub(crate) fn start(
 
 impl Writer {
     pub(crate) fn new(database: &Arc<Database>, notifications: &Notifications) -> Self {
-        let (database, notifications) = (database.clone(), notifications.clone());
+        let database = database.clone();
+        let notifications = notifications.clone();
         Self { database, connection: None, notifications, reconnect: Reconnect::default() }
     }
 
@@ -177,7 +178,9 @@ impl Writer {
     }
 
     async fn attempt(&mut self, commits: &[Prepared]) -> Result<Vec<Outcome>, Failure> {
-        let (mut known, mut races, mut waits) = (None, 0, 0);
+        let mut known = None;
+        let mut races = 0;
+        let mut waits = 0;
         loop {
             let plan = GroupPlan::new(commits, known.as_ref());
             let (history, mut connection) = self.connect().await.map_err(Failure::OfAll)?;

@@ -164,7 +164,8 @@ pub(crate) fn fault(error: &sqlx::Error) -> Fault {
 }
 
 pub(crate) fn open_error(path: &Path, error: &sqlx::Error) -> OpenError {
-    let (path, reason) = (path.to_owned(), error.to_string());
+    let path = path.to_owned();
+    let reason = error.to_string();
     match fault(error) {
         Fault::Unwritable => OpenError::Unwritable { path, reason },
         Fault::Damaged => OpenError::Damaged { path, reason },

@@ -115,7 +115,8 @@ impl Ledger {
                 self.head += 1;
                 *standing += 1;
                 committed.position = Position(self.head);
-                let (position, version) = (self.head, *standing);
+                let position = self.head;
+                let version = *standing;
                 self.events.push(EventRow { position, stream: append.stream.shared(), version, text });
             }
             committed.versions.push(Version(*standing));

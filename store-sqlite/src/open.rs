@@ -163,7 +163,9 @@ impl Database {
             return Ok(());
         }
         if !self.create {
-            let (path, found, known) = (self.path.clone(), found as i64, known as i64);
+            let path = self.path.clone();
+            let found = found as i64;
+            let known = known as i64;
             return Err(OpenError::Outdated { path, found, known });
         }
         // The version is read again within the transaction, because another process may have migrated the file since
@@ -237,7 +239,8 @@ fn identify(path: &Path) -> Result<Option<u32>, OpenError> {
         return Err(OpenError::Foreign { path: path.to_owned(), application_id });
     }
     if user_version as usize > MIGRATIONS.len() {
-        let (found, known) = (i64::from(user_version), MIGRATIONS.len() as i64);
+        let found = i64::from(user_version);
+        let known = MIGRATIONS.len() as i64;
         return Err(OpenError::TooNew { path: path.to_owned(), found, known });
     }
     Ok(Some(user_version))

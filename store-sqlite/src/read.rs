@@ -90,7 +90,9 @@ async fn page(
     until: Position,
     mut take: impl FnMut(Stored<'_>) + Send,
 ) -> Result<(Position, bool), StoreError> {
-    let (mut events, mut bytes, mut next) = (0, 0, after);
+    let mut events = 0;
+    let mut bytes = 0;
+    let mut next = after;
     let mut rows = query.fetch(readers);
     while let Some(row) = rows.try_next().await.map_err(read_error)? {
         let event = stored(&row).map_err(read_error)?;

@@ -88,7 +88,8 @@ impl Writer {
 
     /// Returns a group of all waiting commits, without waiting for more.
     fn group(&mut self, first: Submission) -> Vec<Submission> {
-        let (mut rows, mut bytes) = (first.commit.rows, first.commit.bytes);
+        let mut rows = first.commit.rows;
+        let mut bytes = first.commit.bytes;
         let mut group = vec![first];
         while group.len() < GROUP_COMMITS_MAX && rows < GROUP_ROWS_MAX && bytes < GROUP_BYTES_MAX {
             let Ok(next) = self.queue.try_recv() else { break };

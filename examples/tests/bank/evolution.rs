@@ -51,15 +51,18 @@ enum LastYearsStep {
 
 fn last_years_plan() -> Saga<LastYearsState> {
     fn debit(state: &LastYearsState) -> StepRequest {
-        let (account, transfer) = (state.from.clone(), state.id.clone());
+        let account = state.from.clone();
+        let transfer = state.id.clone();
         StepRequest::to("accounts", &LastYearsStep::Debit { account, transfer, pence: state.pence })
     }
     fn refund(state: &LastYearsState) -> StepRequest {
-        let (account, transfer) = (state.from.clone(), state.id.clone());
+        let account = state.from.clone();
+        let transfer = state.id.clone();
         StepRequest::to("accounts", &LastYearsStep::Refund { account, transfer, pence: state.pence })
     }
     fn credit(state: &LastYearsState) -> StepRequest {
-        let (account, transfer) = (state.to.clone(), state.id.clone());
+        let account = state.to.clone();
+        let transfer = state.id.clone();
         StepRequest::to("accounts", &LastYearsStep::Credit { account, transfer, pence: state.pence })
     }
     // The commands of the last steps do not matter, because no test in this file reaches these steps with this plan.

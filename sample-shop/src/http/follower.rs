@@ -208,7 +208,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_a_follower_from_the_beginning_has_every_event() {
-        let (follower, metrics) = (Follower::default(), Metrics::new().expect("metrics"));
+        let follower = Follower::default();
+        let metrics = Metrics::new().expect("metrics");
         let follow = || follower.follow(stream("saga.checkout-1"), stream("order-1"));
         let early = follow();
         follower.take(&event("order-1", 1, "{}"), &metrics);

@@ -236,7 +236,8 @@ mod tests {
         let stream = StreamId::new("stock", "84029E").unwrap();
         let append = Append { stream, expected: Expected::Any, events: vec![event] };
         store.commit(Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
-        let (metrics, health) = (Metrics::new().unwrap(), runtime.health());
+        let metrics = Metrics::new().unwrap();
+        let health = runtime.health();
         let shown = timeout(Duration::from_secs(30), async {
             loop {
                 let text = metrics.text(&store, &health).await.unwrap();

@@ -133,7 +133,9 @@ mod tests {
     fn the_first_sku_sells_twice_the_second_and_ten_times_the_tenth() {
         let demand = demand(generate(50_000, 7));
         assert!(demand.len() > 990 && demand.len() <= 1_000, "{}", demand.len());
-        let (first, second, tenth) = (demand["G0001"] as f64, demand["G0002"] as f64, demand["G0010"] as f64);
+        let first = demand["G0001"] as f64;
+        let second = demand["G0002"] as f64;
+        let tenth = demand["G0010"] as f64;
         assert!((1.7..2.2).contains(&(first / second)), "{first} {second}");
         assert!((8.0..11.0).contains(&(first / tenth)), "{first} {tenth}");
     }

@@ -30,7 +30,8 @@ impl HandlerTarget {
             Failure::new(format!("handler {name} failed at position {}: {reason}", event.position))
         };
         let request = Request { command_id: message.id, metadata: message.effects() };
-        let (handler, message) = (&self.handler, &message);
+        let handler = &self.handler;
+        let message = &message;
         let handled = Transaction::new(self.store.clone(), request).run(|mut work| async move {
             handler.prepare(&[message], &mut work).await?;
             handler.handle(message, &mut work).await.map(|()| (work, ()))

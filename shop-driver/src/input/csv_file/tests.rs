@@ -33,7 +33,8 @@ fn read_rows(rows: &[String]) -> (Vec<String>, Vec<String>, Rows) {
 fn read_text(bytes: impl AsRef<[u8]>) -> (Vec<String>, Vec<String>, Rows) {
     let file = write(bytes);
     let mut invoices = read_csv(&file.path).and_then(|file| file.invoices()).expect("readable");
-    let (mut ids, mut reports) = (Vec::new(), Vec::new());
+    let mut ids = Vec::new();
+    let mut reports = Vec::new();
     for item in &mut invoices {
         match item {
             Ok(invoice) => ids.push(invoice.id().to_owned()),
