@@ -53,8 +53,10 @@ async fn measure(arguments: &CliArguments, server: &Server) -> Result<(), Failur
     let files = tempfile::tempdir_in(&arguments.directory)?;
     let sides = Sides { url: url.clone(), events: usize::try_from(arguments.events)? };
     let file = |name: &str| files.path().join(name);
-    let (lines, columns) = (file("lines.ndjson"), file("columns.txt"));
-    let (plain, packed) = (file("export.ndjson"), file("export.ndjson.zst"));
+    let lines = file("lines.ndjson");
+    let columns = file("columns.txt");
+    let plain = file("export.ndjson");
+    let packed = file("export.ndjson.zst");
     rows::empty(url).await?;
     let mut bench = Bench::new(server);
     for _ in 0..arguments.rounds.max(1) {
@@ -134,9 +136,11 @@ impl Sides {
 
     async fn ended(&self, mut command: Command) -> Result<Measured, Failure> {
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        let (started, events) = (Instant::now(), self.events);
+        let started = Instant::now();
+        let events = self.events;
         let ended = tokio::task::spawn_blocking(move || command.status().map(|status| (command, status))).await??;
-        let (seconds, (command, status)) = (started.elapsed().as_secs_f64(), ended);
+        let seconds = started.elapsed().as_secs_f64();
+        let (command, status) = ended;
         if status.success() {
             return Ok(Measured { count: events, seconds, latency: None });
         }

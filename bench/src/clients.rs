@@ -14,12 +14,14 @@ where
     F: Fn(T) -> D + Clone + Send + 'static,
     D: Future<Output = Result<(), String>> + Send,
 {
-    let (count, queue) = (what.len(), Arc::new(Mutex::new(what.into_iter())));
+    let count = what.len();
+    let queue = Arc::new(Mutex::new(what.into_iter()));
     let next = move || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let started = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..clients.min(count) {
-        let (next, ask) = (next.clone(), ask.clone());
+        let next = next.clone();
+        let ask = ask.clone();
         tasks.spawn(async move {
             let mut took = Vec::new();
             while let Some(one) = next() {

@@ -46,7 +46,9 @@ pub async fn run(arguments: KafkaArguments) -> Result<(), Failure> {
 }
 
 async fn measure(arguments: &KafkaArguments, server: &Server, brokers: &str) -> Result<(), Failure> {
-    let (url, partitions, count) = (&server.url, arguments.partitions, usize::try_from(arguments.events)?);
+    let url = &server.url;
+    let partitions = arguments.partitions;
+    let count = usize::try_from(arguments.events)?;
     for schema in ["annals", "annals_here", "annals_there"] {
         let settings = Settings { schema: schema.into(), ..Settings::default() };
         PostgresStore::connect(url, settings).await?.close().await?;
@@ -56,7 +58,8 @@ async fn measure(arguments: &KafkaArguments, server: &Server, brokers: &str) -> 
     for _ in 0..arguments.rounds.max(1) {
         rows::empty(url).await?;
         rows::fill(url, arguments.events).await?;
-        let (ours, bare) = (format!("o{}", Uuid::new_v4().simple()), format!("b{}.events", Uuid::new_v4().simple()));
+        let ours = format!("o{}", Uuid::new_v4().simple());
+        let bare = format!("b{}.events", Uuid::new_v4().simple());
         let topic = format!("{ours}.events");
         for topic in [&topic, &bare] {
             // Creates the topic.

@@ -135,7 +135,8 @@ impl<'s> Bench<'s> {
         let index = match self.sides.iter().position(|side| side.workload == workload && side.name == name) {
             Some(index) => index,
             None => {
-                let (workload, samples) = (workload.to_owned(), Vec::new());
+                let workload = workload.to_owned();
+                let samples = Vec::new();
                 self.sides.push(Side { workload, name, samples, against: None, goal: "" });
                 self.sides.len() - 1
             }
@@ -165,19 +166,22 @@ impl<'s> Bench<'s> {
         let few = (count / 25).max(100);
         let named = |workload: &str| format!("{workload}{events}");
 
-        let (workload, run) = (named("commands, 1,024 in flight"), self.run());
+        let workload = named("commands, 1,024 in flight");
+        let run = self.run();
         let of_many = self.measure(&workload, "annals", ours::place(url, &run, count, 1_024)).await?;
         let rows = rows::rows(&self.run(), count)?;
         let unnest = self.measure(&workload, "unnest, 2 connections", raw::unnest(url, rows, 2)).await?;
         self.rate(of_many, unnest, "unnest", "≥ 0.8");
 
-        let (workload, run) = (named("commands, 64 in flight"), self.run());
+        let workload = named("commands, 64 in flight");
+        let run = self.run();
         let of_64 = self.measure(&workload, "annals", ours::place(url, &run, count, 64)).await?;
         let rows = rows::rows(&self.run(), count / 4)?;
         let limit = self.measure(&workload, "INSERT, 64 connections", raw::one_by_one(url, rows, 64)).await?;
         self.rate(of_64, limit, "INSERT", "≥ 6, p99 < its p50");
 
-        let (workload, run) = (named("commands, one at a time"), self.run());
+        let workload = named("commands, one at a time");
+        let run = self.run();
         let alone = self.measure(&workload, "annals", ours::place(url, &run, few, 1)).await?;
         let rows = rows::rows(&self.run(), few)?;
         let limit = self.measure(&workload, "INSERT, 1 connection", raw::one_by_one(url, rows, 1)).await?;
@@ -189,7 +193,8 @@ impl<'s> Bench<'s> {
 
     async fn others(&mut self, arguments: &PostgresArguments, of_64: usize) -> Result<(), Failure> {
         let url = &self.server.url;
-        let (aggregates, count) = (arguments.aggregates, arguments.commands);
+        let aggregates = arguments.aggregates;
+        let count = arguments.commands;
         for (workload, warm, goal) in
             [("load, decide, append: warm", true, "≥ 0.8"), ("load, decide, append: cold", false, "≥ 0.3")]
         {
@@ -202,7 +207,8 @@ impl<'s> Bench<'s> {
             self.measure("64 tasks, one aggregate", "annals", ours::contended(url, &run, count / 2)).await?;
         self.goal(contended, "≥ 5,000/s");
 
-        let (workload, run) = ("100 events a commit", self.run());
+        let workload = "100 events a commit";
+        let run = self.run();
         let hundreds = self.measure(workload, "annals", ours::hundreds(url, &run, count * 2)).await?;
         // The same rows as before, in another category.
         let rows = rows::counted(&self.run(), count * 2);

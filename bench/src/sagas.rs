@@ -38,7 +38,8 @@ async fn check_out(
     let source = Source::generated(count as u64, 7);
     let places = Places { store: Arc::new(counting.clone()), bus: Arc::new(LocalBus::new(4)), shared_as: None };
     let outcome = run::run(places, source.demand()?, &mut source.invoices()?, settings, |_| {}).await?;
-    let (seconds, (commits, rows)) = (outcome.elapsed.as_secs_f64(), counting.counts());
+    let seconds = outcome.elapsed.as_secs_f64();
+    let (commits, rows) = counting.counts();
     let sagas = outcome.sagas as f64;
     Ok(Figure {
         workload: if concurrency == 1 { "sagas, one at a time".to_owned() } else { "sagas".to_owned() },

@@ -69,11 +69,13 @@ async fn measure(arguments: &ShopArguments, server: &Server) -> Result<(), Failu
     for _ in 0..arguments.rounds.max(1) {
         for (count, at_once) in [(orders, concurrency), (alone, 1)] {
             // The rows and messages that a run leaves behind include the rows and messages of the warm-up.
-            let (many, sagas) = (at_once > 1, warm_up + count);
+            let many = at_once > 1;
+            let sagas = warm_up + count;
             let workload = |what: &str| format!("sagas, {what}, {at_once} in flight");
             if !arguments.without_kafka {
                 let broker = Broker::start(&arguments.directory)?;
-                let (run, what) = (Uuid::new_v4().simple().to_string(), workload("four processes"));
+                let run = Uuid::new_v4().simple().to_string();
+                let what = workload("four processes");
                 let bus = format!("kafka://{}?partitions={PARTITIONS}", broker.address());
                 let apart = || Processes::apart(&server.url, &run, &bus);
                 apart().await?.sell(warm_up, concurrency, WARM_UP_SEED).await?;
@@ -92,7 +94,8 @@ async fn measure(arguments: &ShopArguments, server: &Server) -> Result<(), Failu
                     bench.goal(ours, "p50 ≤ 40 ms");
                 }
             }
-            let (run, what) = (Uuid::new_v4().simple().to_string(), workload("one process"));
+            let run = Uuid::new_v4().simple().to_string();
+            let what = workload("one process");
             let together = || Processes::together(&server.url, &run);
             together().await?.sell(warm_up, concurrency, WARM_UP_SEED).await?;
             let ours = async { together().await?.sell(count, at_once, SEED).await };

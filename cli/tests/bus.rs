@@ -65,7 +65,8 @@ async fn seen(store: &dyn EventStore) -> Vec<(String, String)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replay_to_topic_sends_relay_messages_and_consumers_skip_duplicates() {
-    let (place, broker) = (Place::empty(), Broker::start());
+    let place = Place::empty();
+    let broker = Broker::start();
     let kafka = format!("kafka://{}", broker.address());
     let store = SqliteStore::open(place.file("travel.db")).await.unwrap();
     travel_on(Arc::new(store.clone()), &TRIPS, bus(&broker.address()).await).await;
@@ -200,7 +201,8 @@ async fn ctrl_c_stops_replay_at_acknowledged_messages_and_printed_command_contin
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_broker_delays_replay_and_loses_no_message() {
     const MANY: i64 = 60_000;
-    let (place, mut broker) = (Place::empty(), Broker::start());
+    let place = Place::empty();
+    let mut broker = Broker::start();
     let path = things(&place, MANY).await;
     let kafka = format!("kafka://{}?partitions=1", broker.address());
     let mut command =
@@ -214,7 +216,8 @@ async fn killed_broker_delays_replay_and_loses_no_message() {
     assert_eq!(ended.code, 0, "{ended:?}");
     // The topic may contain some messages twice, but every message must come after the first copy of each earlier
     // message.
-    let (mut next, mut found) = (1, positions(&topic::all(&broker.address(), "again")));
+    let mut next = 1;
+    let mut found = positions(&topic::all(&broker.address(), "again"));
     for position in found.drain(..) {
         assert!(position <= next, "{position} came before {next}");
         next = next.max(position + 1);
@@ -226,7 +229,8 @@ async fn killed_broker_delays_replay_and_loses_no_message() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_during_broker_outage_continues_at_last_acknowledged_message() {
     const MANY: i64 = 150_000;
-    let (place, mut broker) = (Place::empty(), Broker::start());
+    let place = Place::empty();
+    let mut broker = Broker::start();
     let path = things(&place, MANY).await;
     let kafka = format!("kafka://{}", broker.address());
     let mut command =
@@ -278,7 +282,8 @@ async fn messages(path: &std::path::Path, service: &str) -> Vec<Outgoing> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_accepts_topics_of_a_relay_and_finds_a_changed_command() {
-    let (place, broker) = (Place::empty(), Broker::start());
+    let place = Place::empty();
+    let broker = Broker::start();
     let kafka = format!("kafka://{}", broker.address());
     let store = SqliteStore::open(place.file("travel.db")).await.unwrap();
     let bus = bus(&broker.address()).await;
@@ -318,7 +323,8 @@ async fn verify_accepts_topics_of_a_relay_and_finds_a_changed_command() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_reports_each_missing_added_changed_or_reordered_message() {
-    let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
+    let place = Place::empty();
+    let service = format!("s{}", Uuid::new_v4().simple());
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
     let kafka = format!("kafka://{}", brokers());
@@ -372,7 +378,8 @@ async fn verify_reports_each_missing_added_changed_or_reordered_message() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_counts_messages_removed_by_retention() {
-    let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
+    let place = Place::empty();
+    let service = format!("s{}", Uuid::new_v4().simple());
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
     let bus = bus(&brokers()).await;
@@ -404,7 +411,8 @@ async fn verify_counts_messages_removed_by_retention() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn verify_reports_a_compacted_topic_as_one_fault() {
-    let (place, service) = (Place::empty(), format!("s{}", Uuid::new_v4().simple()));
+    let place = Place::empty();
+    let service = format!("s{}", Uuid::new_v4().simple());
     let path = things(&place, 6).await;
     relayed(&path, &service, 6).await;
     let topic = format!("{service}.events");
@@ -425,7 +433,8 @@ async fn verify_reports_a_compacted_topic_as_one_fault() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn postgresql_store_is_replayed_to_a_topic_and_compared_with_the_topic() {
-    let (schema, broker) = (format!("cli_{}", Uuid::new_v4().simple()), Broker::start());
+    let schema = format!("cli_{}", Uuid::new_v4().simple());
+    let broker = Broker::start();
     let database = std::env::var("DATABASE_URL").expect("DATABASE_URL is not set: run the tests by ./test");
     let kafka = format!("kafka://{}", broker.address());
     let settings = annals_postgres::Settings { schema: schema.clone(), connections: 6 };

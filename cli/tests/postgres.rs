@@ -100,7 +100,8 @@ async fn failed_login_differs_from_unreachable_database() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn store_moves_from_sqlite_to_postgresql_and_back() {
-    let (place, schema) = (travel::Place::with_trips().await, Schema::new());
+    let place = travel::Place::with_trips().await;
+    let schema = Schema::new();
     let export = |name: &str| place.file(name).to_str().unwrap().to_owned();
     place.annals(&["export", &export("first.ndjson.zst")]).fine();
     schema.annals(&["migrate"]).fine();
@@ -222,7 +223,8 @@ async fn operator_role_suffices_for_repairs() {
     let role = format!("{}_oncall", schema.0);
     schema.sql(&format!("CREATE ROLE {role}; SELECT annals.grant_access('{role}', 'operator')")).await;
     let as_operator = |words: &[&str]| {
-        let (url, mut command) = (Schema::url(), command(words));
+        let url = Schema::url();
+        let mut command = command(words);
         let separator = if url.contains('?') { '&' } else { '?' };
         command
             .env("ANNALS_STORE", format!("{url}{separator}options=-c%20role%3D{role}"))

@@ -82,7 +82,8 @@ async fn narrow_terminal_shows_the_whole_history_of_a_saga() {
         assert_eq!(code, 0, "{printed}");
         lines(&printed)
     };
-    let (wide, narrow) = (told(200), told(40));
+    let wide = told(200);
+    let narrow = told(40);
     let timeline = narrow.iter().skip_while(|line| !line.contains("+0ms")).collect::<Vec<_>>();
     assert!(timeline.len() > 10 && timeline.iter().all(|line| line.chars().count() <= 40), "{narrow:#?}");
     // The text is still to the right of the times, and no word is missing.
@@ -159,7 +160,8 @@ async fn redirected_output_has_no_progress_bar() {
     let place = Place::empty();
     let store = many(&place).await;
     let file = |name: &str| place.file(name).to_str().unwrap().to_owned();
-    let (export, replay) = (file("many.ndjson"), file("replay.ndjson"));
+    let export = file("many.ndjson");
+    let replay = file("replay.ndjson");
     let target = place.file("target.db");
     annals(&target, &["migrate"]).fine();
     for (store, words) in [

@@ -100,13 +100,16 @@ macro_rules! bus_suite {
 
 /// Messages with the same key arrive in the order of publication, whatever other publishers do.
 pub async fn order_is_kept_per_key<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "orders", &topic).await;
     let publishers: Vec<JoinHandle<Vec<Receipt>>> = (0..8)
         .map(|publisher| {
-            let (bus, topic) = (bus.clone(), topic.clone());
+            let bus = bus.clone();
+            let topic = topic.clone();
             tokio::spawn(async move {
-                let (mut receipts, mut next) = (Vec::new(), 1);
+                let mut receipts = Vec::new();
+                let mut next = 1;
                 while next <= 500 {
                     let batch = next..(next + 1 + (next + publisher) % 37).min(501);
                     next = batch.end;
@@ -127,7 +130,8 @@ pub async fn order_is_kept_per_key<S: Subject>() {
 
 /// Messages of all keys arrive. Each key is on one partition, and the keys are spread over several partitions.
 pub async fn every_key_is_delivered<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "keys", &topic).await;
     let odd = ["k".to_owned(), "заказ-№ 1 ✓".to_owned(), "k".repeat(512)];
     let keys: Vec<String> = (0..997).map(|n| format!("order-{n}")).chain(odd).collect();
@@ -148,7 +152,8 @@ pub async fn every_key_is_delivered<S: Subject>() {
 
 /// Messages that a member received but did not acknowledge are delivered to the next member.
 pub async fn unacknowledged_messages_are_redelivered<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut first = Member::join(&*bus, "heirs", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
     let taken = first.collect(20).await;
@@ -164,7 +169,8 @@ pub async fn unacknowledged_messages_are_redelivered<S: Subject>() {
 
 /// The next member starts at the offset that the consumer itself committed.
 pub async fn redelivery_starts_at_the_sought_offset<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut first = Member::join(&*bus, "heirs", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
     let taken = first.collect(20).await;
@@ -176,7 +182,8 @@ pub async fn redelivery_starts_at_the_sought_offset<S: Subject>() {
 
 /// A seek to an earlier offset delivers the same messages again, including messages that the client had prefetched.
 pub async fn seek_replays<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "replay", &topic).await;
     let _receipt = publish(&*bus, &topic, (1..=20).map(|number| message("order-1", number))).await;
     let taken = member.collect(10).await;
@@ -191,7 +198,8 @@ pub async fn seek_replays<S: Subject>() {
 
 /// Groups are independent of each other.
 pub async fn each_group_gets_everything<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut groups = [Member::join(&*bus, "a", &topic).await, Member::join(&*bus, "b", &topic).await];
     let messages = (0..300).map(|n| message(&format!("order-{}", n % 30), n / 30 + 1));
     let receipt = publish(&*bus, &topic, messages).await;
@@ -203,7 +211,9 @@ pub async fn each_group_gets_everything<S: Subject>() {
 
 /// A group receives only messages of the topics that the group joined.
 pub async fn topics_are_separate<S: Subject>() {
-    let (bus, one, two) = (S::bus().await, S::topic().await, S::topic().await);
+    let bus = S::bus().await;
+    let one = S::topic().await;
+    let two = S::topic().await;
     let mut narrow = Member::join(&*bus, "narrow", &one).await;
     let wide = within("join", bus.join(&format!("wide-{one}"), &[&one, &two])).await.unwrap();
     let mut wide = Member { consumer: wide, starts: HashMap::new() };
@@ -260,7 +270,8 @@ pub async fn join_and_leave_rebalance<S: Subject>() {
 
 /// Offsets rise within a partition.
 pub async fn offsets_rise<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "offsets", &topic).await;
     for round in 1..=10 {
         drop(publish(&*bus, &topic, (0..50).map(|key| message(&format!("order-{key}"), round))).await);
@@ -275,7 +286,8 @@ pub async fn offsets_rise<S: Subject>() {
 
 /// Messages arrive unchanged, to the byte and the microsecond.
 pub async fn attributes_round_trip<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "attributes", &topic).await;
     let event = Message {
         id: Uuid::new_v4(),
@@ -319,10 +331,12 @@ pub async fn attributes_round_trip<S: Subject>() {
 
 /// A publisher that is faster than its consumer waits, and no message is lost.
 pub async fn slow_consumer_loses_nothing<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "slow", &topic).await;
     let publisher = tokio::spawn({
-        let (bus, topic) = (bus.clone(), topic.clone());
+        let bus = bus.clone();
+        let topic = topic.clone();
         async move {
             for batch in 0..BEYOND_ANY_BUFFER / 500 {
                 let numbers = batch * 50..(batch + 1) * 50;
@@ -341,10 +355,12 @@ pub async fn slow_consumer_loses_nothing<S: Subject>() {
 
 /// A poll that is dropped before it completes loses no message, no matter how far the poll has come.
 pub async fn cancelled_polls_lose_nothing<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "cancelled", &topic).await;
     let publisher = tokio::spawn({
-        let (bus, topic) = (bus.clone(), topic.clone());
+        let bus = bus.clone();
+        let topic = topic.clone();
         async move {
             for round in 1..=500 {
                 drop(publish(&*bus, &topic, (0..4).map(|key| message(&format!("order-{key}"), round))).await);
@@ -372,7 +388,8 @@ pub async fn cancelled_polls_lose_nothing<S: Subject>() {
 
 /// A single call may publish many messages.
 pub async fn large_batch_arrives<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "large", &topic).await;
     let messages = (0..50_000).map(|n| message(&format!("order-{}", n % 100), n / 100 + 1));
     let receipt = publish(&*bus, &topic, messages).await;
@@ -383,7 +400,8 @@ pub async fn large_batch_arrives<S: Subject>() {
 /// A receipt resolves once the messages are durable, in the sense in which the bus defines durability. Dropping a
 /// receipt has no effect.
 pub async fn receipts_resolve<S: Subject>() {
-    let (bus, topic) = (S::bus().await, S::topic().await);
+    let bus = S::bus().await;
+    let topic = S::topic().await;
     let mut member = Member::join(&*bus, "receipts", &topic).await;
     within("receipt of nothing", publish(&*bus, &topic, []).await).await.unwrap();
     drop(publish(&*bus, &topic, [message("order-1", 1)]).await);

@@ -196,7 +196,8 @@ pub(crate) fn putting(puts: impl IntoIterator<Item = Put>) -> Commit {
 
 /// Reads the whole log, in small pages.
 pub(crate) async fn whole_log(store: &dyn EventStore) -> Vec<Arc<Recorded>> {
-    let (mut all, mut after) = (Vec::new(), Position::START);
+    let mut all = Vec::new();
+    let mut after = Position::START;
     loop {
         let page = store.read_log(&LogQuery::all(), after, 100).await.unwrap();
         if page.next == after {

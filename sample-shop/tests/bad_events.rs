@@ -79,7 +79,8 @@ async fn parked_unreadable_events_are_reported_and_fail_the_run() {
     // The message stays parked until an operator acts.
     for _ in 0..2 {
         let output = run(&store, "drain");
-        let (said, summary) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+        let said = String::from_utf8_lossy(&output.stderr);
+        let summary = String::from_utf8_lossy(&output.stdout);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("parked: payment.relay, step.payment-saga.checkout-other: event 1 of stream "), "{said}");
         assert!(said.contains("step.vanished"), "{said}");

@@ -45,7 +45,8 @@ async fn look_from_outside(store: &Path) -> Value {
         "SELECT count(*) FROM documents WHERE collection LIKE 'saga.%' AND json_extract(body, '$.ended_at') IS NULL";
     assert_eq!(ask(open).await, 0, "a saga has not ended");
     assert_eq!(ask("SELECT count(*) FROM documents WHERE collection LIKE 'parked.%'").await, 0, "a message is parked");
-    let (mut units, mut pence) = (serde_json::Map::new(), 0);
+    let mut units = serde_json::Map::new();
+    let mut pence = 0;
     for kind in ["received", "reserved", "released", "shipped"] {
         let sql = format!(
             "SELECT coalesce(sum(json_extract(data, '$.quantity')), 0) FROM events WHERE type = 'stock.{kind}'"
@@ -71,7 +72,8 @@ async fn look_from_outside(store: &Path) -> Value {
 
 async fn ends_the_same(factor: &str) {
     let directory = tempfile::tempdir().unwrap();
-    let (whole, killed) = (directory.path().join("whole.db"), directory.path().join("killed.db"));
+    let whole = directory.path().join("whole.db");
+    let killed = directory.path().join("killed.db");
     let expected = business(&shop(&whole, factor).output().unwrap());
     assert_eq!(expected["orders"], ORDERS);
     let mut cut_off = 0;

@@ -18,7 +18,8 @@ fn shop(arguments: &[&str], store: &Path) -> Command {
 /// Starts a shop, and waits until its process id is in the lock file next to the store.
 fn start(store: &Path) -> Child {
     let child = shop(&["run", "--generate", "30000"], store).spawn().unwrap();
-    let (number, started) = (child.id().to_string(), Instant::now());
+    let number = child.id().to_string();
+    let started = Instant::now();
     while std::fs::read_to_string(store.with_extension("db-lock")).ok() != Some(number.clone()) {
         assert!(started.elapsed() < Duration::from_secs(60), "the process never claims the store");
         std::thread::sleep(Duration::from_millis(3));

@@ -48,11 +48,13 @@ fn ops_command_inspects_and_verifies_a_shop_store() {
 fn half_imported_store_is_not_served_until_complete() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
-    let (from, to) = (format!("sqlite:{}", path("shop.db")), format!("sqlite:{}", path("moved.db")));
+    let from = format!("sqlite:{}", path("shop.db"));
+    let to = format!("sqlite:{}", path("moved.db"));
     let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
     let ran = shop(&["run", "--generate", "600", "--quiet", "--json", "--store", &from]);
     assert!(ran.status.success(), "{}", said(&ran));
-    let (whole, cut) = (path("whole.ndjson"), path("cut.ndjson"));
+    let whole = path("whole.ndjson");
+    let cut = path("cut.ndjson");
     assert!(shop(&["ops", "export", &whole, "--store", &from]).status.success());
     let lines = std::fs::read_to_string(&whole).unwrap();
     let kept: Vec<_> = lines.lines().take(lines.lines().count() * 9 / 10).collect();

@@ -278,11 +278,14 @@ impl Schemas {
 /// Runs the services, dumps the databases of `restored` while customers buy, and kills all services during a later
 /// sale. Then restores those databases.
 async fn are_restored(restored: &[&str]) {
-    let (broker, schemas) = (Broker::start(), Schemas::new());
+    let broker = Broker::start();
+    let schemas = Schemas::new();
     let bus = bus(&broker);
     let start = || ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus));
     let mut shop = start();
-    let (before, meanwhile, killed) = (load("1", 40), load("2", orders()), load("3", orders()));
+    let before = load("1", 40);
+    let meanwhile = load("2", orders());
+    let killed = load("3", orders());
     business(&shop[0].buy(&words(&before)));
     // Each dump is taken at a different moment.
     let mut dumps = Vec::new();
@@ -332,9 +335,11 @@ async fn restored_services_end_consistent() {
 /// The database fails over to a standby that lacks the last commits, while services run and customers buy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn services_end_at_a_lossy_failover_and_recovery_is_consistent() {
-    let (broker, mut primary) = (Broker::start(), Server::start().await);
+    let broker = Broker::start();
+    let mut primary = Server::start().await;
     let address = VirtualAddress::of(&primary).await;
-    let (schemas, bus) = (Schemas::at(address.url()), bus(&broker));
+    let schemas = Schemas::at(address.url());
+    let bus = bus(&broker);
     let start = || ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus));
     let mut shop = start();
     let sold = load("2", orders());
@@ -374,14 +379,17 @@ async fn services_end_at_a_lossy_failover_and_recovery_is_consistent() {
 
 #[tokio::test]
 async fn new_databases_under_used_topics_are_detected_and_begin_anew() {
-    let (broker, before, schemas) = (Broker::start(), Schemas::new(), Schemas::new());
+    let broker = Broker::start();
+    let before = Schemas::new();
+    let schemas = Schemas::new();
     let bus = bus(&broker);
     let shop = ROLES.map(|role| Serving::start(role, &before.url(role), &bus));
     business(&shop[0].buy(&words(&load("1", 40))));
     schemas::end(shop);
     before.drop().await;
     join_all(ROLES.map(async |role| {
-        let (store, service) = (schemas.url(role), format!("--service {role}"));
+        let store = schemas.url(role);
+        let service = format!("--service {role}");
         is_refused(role, &store, &bus, &["which this store does not know", "--anew", &service]).await;
         schemas.recovered(role, &bus, &["--service", role, "--anew"], &[Moment::BeforeTheEnd]).await;
     }))
@@ -412,9 +420,11 @@ fn bought(shop: &Serving, load: &[String]) -> Output {
 /// store replaces the file.
 #[tokio::test]
 async fn restored_or_lost_file_ends_consistent() {
-    let (broker, folder) = (Broker::start(), tempfile::tempdir().unwrap());
+    let broker = Broker::start();
+    let folder = tempfile::tempdir().unwrap();
     let bus = bus(&broker);
-    let (live, copy) = (folder.path().join("shop.db"), folder.path().join("copy.db"));
+    let live = folder.path().join("shop.db");
+    let copy = folder.path().join("copy.db");
     let store = format!("sqlite:{}", live.display());
     let mut shop = Serving::start("all", &store, &bus);
     business(&shop.buy(&words(&load("1", 40))));

@@ -61,7 +61,8 @@ async fn december_in_four_processes_equals_december_in_one() {
     let orders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/online-retail-2010-12.csv");
     assert!(orders.is_file(), "{} is missing: the data belongs next to the checkout", orders.display());
     let arguments = ["--stock-factor", "1.5", "--decline-rate", "0", "--orders", orders.to_str().unwrap()];
-    let (broker, schemas) = (Broker::start(), Schemas::new());
+    let broker = Broker::start();
+    let schemas = Schemas::new();
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
     assert_eq!(without_bus(business(&shop[0].buy(&arguments))), embedded(&arguments));
     schemas.are_whole(&broker).await;
@@ -95,7 +96,9 @@ impl Storm {
     /// While the customer buys, causes faults at random intervals from the range `every`, in milliseconds. Then asserts
     /// that the customer's summary equals that of a run in one process.
     async fn rages(&self, mut customer: Child, every: Range<u64>, mut fault: impl AsyncFnMut(usize)) {
-        let (started, mut faults, mut in_time) = (Instant::now(), 0, 0);
+        let started = Instant::now();
+        let mut faults = 0;
+        let mut in_time = 0;
         while started.elapsed() < self.lasts {
             // This sleep is not a wait for a condition: it makes the moment of the fault random.
             tokio::time::sleep(Duration::from_millis(fastrand::u64(every.clone()))).await;
@@ -115,7 +118,8 @@ impl Storm {
 async fn killed_services_conserve_money_and_units() {
     // The faults hit random processes and the broker, so half as many orders are enough to keep the shop busy.
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
-    let (mut broker, schemas) = (Broker::start(), Schemas::new());
+    let mut broker = Broker::start();
+    let schemas = Schemas::new();
     // Two instances of each service share the work. A fault in one instance must not affect the other instance.
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let mut shop: Vec<Option<Serving>> = ROLES.iter().chain(&ROLES).map(start).map(Some).collect();
@@ -141,7 +145,8 @@ async fn killed_services_conserve_money_and_units() {
 #[tokio::test]
 async fn services_stopped_for_long_change_nothing_when_resumed() {
     let storm = Storm::new(ORDERS_PER_SECOND / 2);
-    let (broker, schemas) = (Broker::start(), Schemas::new());
+    let broker = Broker::start();
+    let schemas = Schemas::new();
     let start = |role: &&str| Serving::start(role, &schemas.url(role), &bus(&broker));
     let shop: Vec<Serving> = ROLES.iter().chain(&ROLES).map(start).collect();
     storm
@@ -161,7 +166,8 @@ async fn services_stopped_for_long_change_nothing_when_resumed() {
 #[tokio::test]
 async fn killed_database_causes_only_a_pause() {
     let storm = Storm::new(ORDERS_PER_SECOND);
-    let (broker, mut server) = (Broker::start(), Server::start().await);
+    let broker = Broker::start();
+    let mut server = Server::start().await;
     let schemas = Schemas::at(server.url());
     let shop = ROLES.map(|role| Serving::start(role, &schemas.url(role), &bus(&broker)));
     storm

@@ -101,7 +101,8 @@ async fn look_from_outside(file: &Path) -> Value {
 #[tokio::test]
 async fn killed_and_restarted_service_ends_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let whole = folder.path().join("whole");
+    let killed = folder.path().join("killed");
     for folder in [&whole, &killed] {
         std::fs::create_dir(folder).unwrap();
     }

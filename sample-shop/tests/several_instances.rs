@@ -105,7 +105,8 @@ async fn instances_share_work_and_survive_a_kill_and_a_pause() {
     tokio::time::sleep_until(woken).await;
     signal(&sleeps, "-CONT");
 
-    let (stays, sleeps) = (business(stays), business(sleeps));
+    let stays = business(stays);
+    let sleeps = business(sleeps);
     let expected = json!({
         "orders": 1595, "confirmed": 1595, "returns": 333, "adjustments": 154, "stuck": 0,
         "charged": "839772.22", "refunded": "75864.72",

@@ -85,7 +85,8 @@ fn unfinished(output: &Output, code: i32) -> i64 {
 #[tokio::test]
 async fn interrupted_run_ends_the_same_when_repeated() {
     let folder = tempfile::tempdir().unwrap();
-    let (whole, stopped) = (folder.path().join("whole.db"), folder.path().join("stopped.db"));
+    let whole = folder.path().join("whole.db");
+    let stopped = folder.path().join("stopped.db");
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
     assert_eq!(expected["orders"], ORDERS);
     // Stops once early, after few orders were submitted, and then in the middle of the run.

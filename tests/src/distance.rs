@@ -55,8 +55,8 @@ impl Distance {
                     };
                     _ = client.set_nodelay(true);
                     _ = server.set_nodelay(true);
-                    let ((from_client, to_client), (from_server, to_server)) =
-                        (client.into_split(), server.into_split());
+                    let (from_client, to_client) = client.into_split();
+                    let (from_server, to_server) = server.into_split();
                     tokio::join!(pass(from_client, to_server, one_way), pass(from_server, to_client, one_way));
                 });
             }

@@ -123,7 +123,9 @@ impl Broker {
     fn laid_out(brokers: usize, protocol: &str) -> Vec<Self> {
         let ports = free_ports(brokers);
         let broker = |node| {
-            let (folder, ports, protocol) = (tempfile::tempdir().unwrap(), ports.clone(), protocol.to_owned());
+            let folder = tempfile::tempdir().unwrap();
+            let ports = ports.clone();
+            let protocol = protocol.to_owned();
             Self { folder, ports, node, protocol, has_acls: false, running: None, distance: None }
         };
         (1..=brokers).map(broker).collect()
@@ -219,7 +221,8 @@ impl Broker {
 
 /// Returns free ports whose next-higher ports are free too. Another process may still take one of them.
 fn free_ports(count: usize) -> Vec<u16> {
-    let (mut ports, mut held) = (Vec::new(), Vec::new());
+    let mut ports = Vec::new();
+    let mut held = Vec::new();
     while ports.len() < count {
         let first = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = first.local_addr().unwrap().port();

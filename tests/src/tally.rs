@@ -147,7 +147,8 @@ pub async fn documents(store: &Arc<dyn EventStore>, collection: &str) -> Vec<(Ar
 
 /// Returns the whole log.
 pub async fn log(store: &Arc<dyn EventStore>) -> Vec<annals::Recorded> {
-    let (mut all, mut after) = (Vec::new(), Position::START);
+    let mut all = Vec::new();
+    let mut after = Position::START;
     loop {
         let page = store.read_log(&LogQuery::all(), after, 1_000).await;
         let page = page.unwrap_or_else(|error| panic!("the log: {error}"));

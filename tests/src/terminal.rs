@@ -36,7 +36,8 @@ impl Terminal {
         command.env("USER", "tester");
         let child = pair.slave.spawn_command(command).unwrap();
         drop(pair.slave);
-        let (mut reader, keys) = (pair.master.try_clone_reader().unwrap(), pair.master.take_writer().unwrap());
+        let mut reader = pair.master.try_clone_reader().unwrap();
+        let keys = pair.master.take_writer().unwrap();
         let screen = Arc::<(Mutex<Vec<u8>>, Condvar)>::default();
         let seen = screen.clone();
         let reading = std::thread::spawn(move || {
@@ -53,7 +54,8 @@ impl Terminal {
     /// Waits until the text has been printed.
     pub fn shows(&self, text: &str) {
         let (screen, changed) = &*self.screen;
-        let (started, mut seen) = (Instant::now(), screen.lock().unwrap());
+        let started = Instant::now();
+        let mut seen = screen.lock().unwrap();
         while !String::from_utf8_lossy(&seen).contains(text) {
             assert!(started.elapsed() < PATIENCE, "{text:?} is not in {:?}", String::from_utf8_lossy(&seen));
             seen = changed.wait_timeout(seen, Duration::from_secs(1)).unwrap().0;

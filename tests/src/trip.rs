@@ -205,7 +205,8 @@ pub fn tallies() -> LogQuery {
 /// Asks the service of a stuck saga for an action on behalf of the operator `ann`, and returns the answer of the
 /// service.
 pub async fn act(store: &Arc<dyn EventStore>, saga: &str, verb: OperatorAction, reason: &str) -> SagaEvent {
-    let (operator, saga) = (Operator::new(store.clone(), "ann"), StreamId::from_stored(saga));
+    let operator = Operator::new(store.clone(), "ann");
+    let saga = StreamId::from_stored(saga);
     let answer = async {
         let request = operator.ask(&saga, verb, reason).await?;
         operator.answer(&saga, request).await

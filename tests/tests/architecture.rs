@@ -109,7 +109,8 @@ fn core_depends_on_no_driver_even_indirectly() {
     let locked = locked(&lock);
     let core = workspace.packages.iter().find(|package| package.room() == "core").unwrap();
     let normal = core.dependencies.iter().filter(|dependency| dependency.kind.is_none());
-    let (mut met, mut next) = (BTreeSet::new(), normal.map(|dependency| &*dependency.name).collect::<Vec<_>>());
+    let mut met = BTreeSet::new();
+    let mut next = normal.map(|dependency| &*dependency.name).collect::<Vec<_>>();
     while let Some(name) = next.pop() {
         if met.insert(name) {
             next.extend(locked.get(name).into_iter().flatten());
@@ -443,7 +444,8 @@ fn documents_name_existing_files() {
     let root = &workspace.workspace_root;
     let mut pages = Vec::new();
     files_of(root, &["md"], &mut pages);
-    let (mut looked_at, mut missing) = (0, Vec::new());
+    let mut looked_at = 0;
+    let mut missing = Vec::new();
     for page in &pages {
         let text = fs::read_to_string(page).unwrap();
         let folder = page.parent().unwrap();

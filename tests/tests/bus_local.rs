@@ -72,7 +72,8 @@ async fn receipt_resolves_at_once_without_a_group() {
 #[tokio::test]
 async fn same_names_under_other_prefixes_do_not_see_each_other() {
     let bus = LocalBus::new(1);
-    let (green, blue) = (bus.clone().prefix("green."), bus.clone().prefix("blue."));
+    let green = bus.clone().prefix("green.");
+    let blue = bus.clone().prefix("blue.");
     let mut of_green = Member::join(&green, "payment", TOPIC).await;
     let mut of_blue = Member::join(&blue, "payment", TOPIC).await;
     let mut observer = Member::join(&bus, "observer", &format!("green.{TOPIC}")).await;
@@ -99,7 +100,8 @@ async fn same_names_under_other_prefixes_do_not_see_each_other() {
 #[tokio::test]
 async fn receipt_waits_for_each_group() {
     let bus = LocalBus::default();
-    let (mut one, mut two) = (Member::join(&bus, "one", TOPIC).await, Member::join(&bus, "two", TOPIC).await);
+    let mut one = Member::join(&bus, "one", TOPIC).await;
+    let mut two = Member::join(&bus, "two", TOPIC).await;
     let mut receipt = publish(&bus, TOPIC, (0..40).map(|key| message(&format!("order-{key}"), 1))).await;
     one.fill(&mut Ledger::default(), 40, 10).await;
     assert!(poll!(&mut receipt).is_pending());
@@ -126,7 +128,8 @@ async fn seek_acknowledges_earlier_messages() {
 #[tokio::test]
 async fn group_without_members_stays() {
     let bus = LocalBus::default();
-    let (mut absent, mut other) = (Member::join(&bus, "absent", TOPIC).await, Member::join(&bus, "other", TOPIC).await);
+    let mut absent = Member::join(&bus, "absent", TOPIC).await;
+    let mut other = Member::join(&bus, "other", TOPIC).await;
     let mut receipt = publish(&bus, TOPIC, (1..=5).map(|number| message("order-1", number))).await;
     let taken = absent.collect(5).await;
     absent.acknowledge(&taken[..2]).await;
@@ -202,7 +205,8 @@ async fn publish_given_up_half_way_can_be_repeated() {
 async fn dropped_bus_fails_receipts_and_waiting_polls() {
     let bus = LocalBus::new(1);
     let mut member = Member::join(&bus, "dropped", TOPIC).await;
-    let (clone, mut full) = (bus.clone(), Vec::new());
+    let clone = bus.clone();
+    let mut full = Vec::new();
     full.push(publish(&bus, TOPIC, (1..=HELD_MAX as i64).map(|number| message("order-1", number))).await);
     let waiting = tokio::spawn(async move {
         let waits = clone.publish(outgoing(1..=1));
@@ -234,7 +238,8 @@ async fn offsets_of_another_bus_are_ignored() {
         let Polled::Assigned(partitions) = polled(&mut consumer).await else { panic!("not assigned") };
         (consumer, partitions)
     };
-    let (old, new) = (LocalBus::new(1), LocalBus::new(1));
+    let old = LocalBus::new(1);
+    let new = LocalBus::new(1);
     let (_consumer, before) = assigned(&old).await;
     let (mut consumer, after) = assigned(&new).await;
     assert_ne!(before[0].incarnation, after[0].incarnation);

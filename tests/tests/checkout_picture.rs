@@ -26,7 +26,8 @@ fn recorded_svg_equals_the_drawn_one() {
 #[test]
 fn readme_has_the_mermaid_text_of_the_library() {
     check("sample-shop/README.md", |readme| {
-        let (start, end) = ("<!-- saga:checkout -->\n", "<!-- saga:end -->\n");
+        let start = "<!-- saga:checkout -->\n";
+        let end = "<!-- saga:end -->\n";
         let (before, rest) = readme.split_once(start).unwrap();
         let (_, after) = rest.split_once(end).unwrap();
         format!("{before}{start}```mermaid\n{}```\n{end}{after}", checkout().mermaid())

@@ -40,7 +40,8 @@ async fn repeated_command_is_found_for_any_number_of_events() {
             // Also runs a command whose `causation_id` is not the command's own id. The events of such a command do not
             // show that they belong together.
             for cause in [None, Some(Uuid::new_v4())] {
-                let (id, name) = (Uuid::new_v4(), Uuid::new_v4().to_string());
+                let id = Uuid::new_v4();
+                let name = Uuid::new_v4().to_string();
                 let metadata = Metadata { causation_id: cause.unwrap_or(id), ..Metadata::of_request(id) };
                 let request = Request { command_id: id, metadata };
                 let writer = Repository::<Tally>::new(store.clone());

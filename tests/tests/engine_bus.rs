@@ -54,7 +54,9 @@ async fn copied(store: &Arc<dyn EventStore>, id: &str, amounts: Vec<i64>) {
 
 #[tokio::test]
 async fn events_keep_their_order_per_key_end_to_end() {
-    let (here, there, bus) = (memory(), memory(), Arc::new(LocalBus::new(4)));
+    let here = memory();
+    let there = memory();
+    let bus = Arc::new(LocalBus::new(4));
     let runtime = start(vec![sink(&there), source(&here)], &bus).await;
     for round in 0..40 {
         for id in 0..25 {
@@ -71,7 +73,9 @@ async fn events_keep_their_order_per_key_end_to_end() {
 #[tokio::test]
 async fn relay_crash_at_its_checkpoint_causes_no_second_effect() {
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
-        let (inner, there, bus) = (memory(), memory(), Arc::new(LocalBus::new(2)));
+        let inner = memory();
+        let there = memory();
+        let bus = Arc::new(LocalBus::new(2));
         let faulty = FaultyStore::new(inner.clone());
         faulty.when_checkpoint("source.relay", fault.clone());
         let here: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -99,10 +103,13 @@ async fn relay_crash_at_its_checkpoint_causes_no_second_effect() {
 
 #[tokio::test]
 async fn unavailable_stores_lose_and_duplicate_nothing() {
-    let (inner_here, inner_there, bus) = (memory(), memory(), Arc::new(LocalBus::new(2)));
-    let (faulty_here, faulty_there) = (FaultyStore::new(inner_here.clone()), FaultyStore::new(inner_there.clone()));
-    let (here, there): (Arc<dyn EventStore>, Arc<dyn EventStore>) =
-        (Arc::new(faulty_here.clone()), Arc::new(faulty_there.clone()));
+    let inner_here = memory();
+    let inner_there = memory();
+    let bus = Arc::new(LocalBus::new(2));
+    let faulty_here = FaultyStore::new(inner_here.clone());
+    let faulty_there = FaultyStore::new(inner_there.clone());
+    let here: Arc<dyn EventStore> = Arc::new(faulty_here.clone());
+    let there: Arc<dyn EventStore> = Arc::new(faulty_there.clone());
     let runtime = start(vec![source(&here), sink(&there)], &bus).await;
     for round in 0..4 {
         faulty_here.away(round % 2 == 0);
@@ -124,7 +131,8 @@ async fn unavailable_stores_lose_and_duplicate_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn relay_skips_unpublished_events() {
-    let (here, bus) = (memory(), Arc::new(LocalBus::new(2)));
+    let here = memory();
+    let bus = Arc::new(LocalBus::new(2));
     let runtime = start(vec![Service::new("source", here.clone()).publish(&["order"])], &bus).await;
     add(&here, "a", 1..=5).await;
     let key = DocumentKey::new(CHECKPOINTS, "source.relay/0");
@@ -265,7 +273,8 @@ struct Consuming {
 async fn consume(bus: &dyn Bus, topics: &[&str], members: u32, notes: &Notes, store: Arc<dyn EventStore>) -> Consuming {
     let retry = RetryPolicy { attempts_max: 1, ..RetryPolicy::default() };
     let group = Group::new("notes", topics, notes.clone()).members(members).retry(retry);
-    let (health, shutdown) = (Health::default(), CancellationToken::new());
+    let health = Health::default();
+    let shutdown = CancellationToken::new();
     let joined = group.join(bus).await.unwrap();
     let task = tokio::spawn(joined.run(store.clone(), health.clone(), shutdown.clone()));
     Consuming { store, health, shutdown, task }
@@ -293,7 +302,9 @@ async fn error_between_commit_and_acknowledgement_duplicates_nothing() {
 
 #[tokio::test]
 async fn message_sent_twice_by_a_relay_is_handled_once() {
-    let (bus, store, notes) = (Arc::new(Scripted::default()), memory(), Notes::default());
+    let bus = Arc::new(Scripted::default());
+    let store = memory();
+    let notes = Notes::default();
     let sent = |key: &str, lane, position| {
         let message = message(key, position);
         Ok(Message { lane: Some(format!("{lane}").into()), position: annals::Position(position), ..message })
@@ -317,7 +328,8 @@ async fn message_sent_twice_by_a_relay_is_handled_once() {
 
 #[tokio::test]
 async fn lost_commit_and_failed_rewind_lose_nothing() {
-    let (bus, inner) = (Arc::new(Scripted::default()), memory());
+    let bus = Arc::new(Scripted::default());
+    let inner = memory();
     let faulty = FaultyStore::new(inner.clone());
     faulty.when_checkpoint("notes", Fault::LostAndAway);
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
@@ -333,7 +345,8 @@ async fn lost_commit_and_failed_rewind_lose_nothing() {
 
 #[tokio::test]
 async fn undecodable_bytes_are_parked_unchanged() {
-    let (bus, store) = (Arc::new(Scripted::default()), memory());
+    let bus = Arc::new(Scripted::default());
+    let store = memory();
     let notes = Notes::default();
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     let bytes = Undecodable { reason: "no ce_id\0".into(), key: "odd".into(), raw: "00ff17".into() };
@@ -355,7 +368,9 @@ async fn undecodable_bytes_are_parked_unchanged() {
 
 #[tokio::test]
 async fn unstorable_keys_and_messages_are_parked_in_substitute_form() {
-    let (bus, store, notes) = (Arc::new(Scripted::default()), memory(), Notes::default());
+    let bus = Arc::new(Scripted::default());
+    let store = memory();
+    let notes = Notes::default();
     notes.bad.lock().unwrap().push(1);
     let consuming = consume(&Handle(bus.clone()), &["source.events"], 1, &notes, store.clone()).await;
     let long = "x".repeat(5_000);
@@ -376,7 +391,9 @@ async fn unstorable_keys_and_messages_are_parked_in_substitute_form() {
 #[tokio::test]
 async fn members_that_park_one_key_at_once_keep_both_messages() {
     // The bus has one partition per topic, and each topic has one member.
-    let (bus, store, notes) = (LocalBus::new(1), memory(), Notes::default());
+    let bus = LocalBus::new(1);
+    let store = memory();
+    let notes = Notes::default();
     notes.bad.lock().unwrap().extend([1, 2]);
     let consuming = consume(&bus, &["one", "two"], 2, &notes, store.clone()).await;
     let publish = async |topic: &str, number| {
@@ -396,7 +413,8 @@ async fn members_that_park_one_key_at_once_keep_both_messages() {
 
 #[tokio::test]
 async fn refused_message_is_parked_once_and_blocks_only_its_key() {
-    let (here, bus) = (memory(), Arc::new(Scripted::default()));
+    let here = memory();
+    let bus = Arc::new(Scripted::default());
     *bus.refuses.lock().unwrap() = Some("tally-bad".into());
     for id in ["a", "bad", "b", "bad", "c"] {
         add(&here, id, [1]).await;

@@ -79,7 +79,8 @@ async fn every_answer_of_a_participant_lets_the_saga_compensate() {
         let world = World::new(store, trip(PATIENT, 2));
         let runtime = world.start(&ALL).await;
         for (number, (says, bank, error, may_be_done)) in SAYS.into_iter().enumerate() {
-            let (id, case) = (number.to_string(), format!("{says} on {store_name}"));
+            let id = number.to_string();
+            let case = format!("{says} on {store_name}");
             world.script.behave();
             world.script.answer("charge", bank);
             world.request(&id, Uuid::new_v4(), None).await;
@@ -164,7 +165,8 @@ async fn unknown_command_fails_and_its_undo_runs() {
     }
     let unknown: fn(&Trip) -> StepRequest = |trip| StepRequest::to("bank", &Newer::Insure { trip: trip.id.clone() });
     let future: fn(&Trip) -> StepRequest = |trip| {
-        let (step, of) = ("insure".to_owned(), "all".to_owned());
+        let step = "insure".to_owned();
+        let of = "all".to_owned();
         StepRequest::to("bank", &Newer::Do { step, trip: trip.id.clone(), of })
     };
     on_every_store(async |store_name, store| {

@@ -66,7 +66,8 @@ async fn mark_all(hint: Hint, wrong: usize) {
             marks(&store).execute(&message.to_string(), TallyCommand::Add(10), Uuid::new_v4()).await.unwrap();
         }
     }
-    let (asked, shutdown) = (Arc::<AtomicUsize>::default(), CancellationToken::new());
+    let asked = Arc::<AtomicUsize>::default();
+    let shutdown = CancellationToken::new();
     let marker = Marker { marks: marks(&store), hint, asked: asked.clone() };
     let marker = Subscription::new("marker", marker).query(LogQuery::categories(["tally"]));
     let task = tokio::spawn(marker.run(store.clone(), Health::default(), shutdown.clone()));

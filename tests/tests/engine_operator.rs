@@ -57,7 +57,9 @@ async fn acts(store: &Arc<dyn EventStore>, subscription: &str) -> Vec<(String, S
 #[tokio::test]
 async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let (seen, health, shutdown) = (Seen::default(), Health::default(), CancellationToken::new());
+    let seen = Seen::default();
+    let health = Health::default();
+    let shutdown = CancellationToken::new();
     let subscription = Subscription::new("seen", seen.clone()).query(LogQuery::categories(["tally"])).lanes(2);
     let running = tokio::spawn(subscription.run(store.clone(), health.clone(), shutdown.clone()));
     add(&store, "a", [1, 2]).await;
@@ -104,7 +106,8 @@ async fn a_subscription_is_paused_resumed_and_reset_while_it_runs() {
 async fn a_paused_subscription_ends_with_its_service_and_stays_paused() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let start = || {
-        let (seen, shutdown) = (Seen::default(), CancellationToken::new());
+        let seen = Seen::default();
+        let shutdown = CancellationToken::new();
         let health = Health::default();
         let running = Subscription::new("seen", seen.clone()).run(store.clone(), health.clone(), shutdown.clone());
         (seen, health, shutdown, tokio::spawn(running))

@@ -145,7 +145,8 @@ impl Bed {
     }
 
     fn start(&self) -> Running {
-        let (shutdown, health) = (CancellationToken::new(), Health::default());
+        let shutdown = CancellationToken::new();
+        let health = Health::default();
         let fussy = Subscription::new("fussy", self.fussy.clone());
         let fussy = fussy.query(LogQuery::categories(["tally"])).retry(self.retry.clone());
         let task = tokio::spawn(fussy.run(self.store.clone(), health.clone(), shutdown.clone()));
@@ -214,7 +215,8 @@ async fn failing_key_waits_in_order_and_other_keys_continue() {
 #[tokio::test]
 async fn parked_message_is_retried_with_growing_delays() {
     let mut bed = Bed::new();
-    let (delay_min, delay_max) = (Duration::from_millis(300), Duration::from_secs(60));
+    let delay_min = Duration::from_millis(300);
+    let delay_max = Duration::from_secs(60);
     bed.retry = RetryPolicy { attempts_max: 4, delay_min, delay_max };
     bed.fussy.trouble(1, Trouble::Fail, 3);
     bed.add("a", 1..=3).await;

@@ -181,7 +181,8 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
         Outcome::Done(value) => Ok(annals::Answer::Done(value.clone())),
         _ => unreachable!(),
     });
-    let (step, undo) = (StepRef::Forward(1), StepRef::Undo(1));
+    let step = StepRef::Forward(1);
+    let undo = StepRef::Undo(1);
     let once = desk.command(step, 1, 1);
     // A repeat of the same attempt, in the same batch or later, gets no reply, because the first reply is already sent.
     desk.send(vec![once.clone(), once.clone()]).await;

@@ -41,7 +41,8 @@ async fn receipt_does_not_cover_later_messages() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (published, mut arriving) = mpsc::unbounded_channel();
     let mut next = async || within("the message is published", arriving.recv()).await.unwrap();
-    let (shutdown, mut routes) = (CancellationToken::new(), Routes::of("source"));
+    let shutdown = CancellationToken::new();
+    let mut routes = Routes::of("source");
     routes.publish("tally");
     let relay = Relay::new(routes).run(store.clone(), Arc::new(Slow(published)), Health::default(), shutdown.clone());
     let relay = tokio::spawn(relay);

@@ -25,7 +25,8 @@ fn tallies(store: &Arc<dyn EventStore>) -> Repository<Tally> {
 }
 
 async fn sixty_four_tasks(store: Arc<dyn EventStore>, each: i64) {
-    let (one, two) = (tallies(&store), tallies(&store));
+    let one = tallies(&store);
+    let two = tallies(&store);
     let tasks = (0..64).map(|task| {
         // Most tasks share one repository, and some write through another repository.
         let tallies = if task % 8 == 0 { two.clone() } else { one.clone() };
@@ -65,7 +66,8 @@ async fn sixty_four_tasks_count_exactly_on_one_aggregate_in_sqlite() {
 #[tokio::test]
 async fn repeated_command_returns_its_first_outcome() {
     let store = memory();
-    let (first, id) = (tallies(&store), Uuid::new_v4());
+    let first = tallies(&store);
+    let id = Uuid::new_v4();
     let done = first.execute("a", TallyCommand::AddOnes(3), id).await.unwrap();
     first.execute("a", TallyCommand::Add(7), Uuid::new_v4()).await.unwrap();
     for tallies in [first, tallies(&store)] {
@@ -83,7 +85,8 @@ async fn repeated_command_returns_its_first_outcome() {
 async fn repeated_command_returns_all_of_its_events() {
     // The number of events is lower than the number of commands that are remembered per stream, but higher than the
     // number of events that one read returns.
-    let (store, id) = (memory(), Uuid::new_v4());
+    let store = memory();
+    let id = Uuid::new_v4();
     tallies(&store).execute("a", TallyCommand::AddOnes(1_010), id).await.unwrap();
     let again = tallies(&store).execute("a", TallyCommand::Nothing, id).await.unwrap();
     assert_eq!((again.events.len(), again.repeated), (1_010, true));
@@ -92,7 +95,8 @@ async fn repeated_command_returns_all_of_its_events() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn command_sent_many_times_at_once_is_executed_once() {
     let store = memory();
-    let (one, two) = (tallies(&store), tallies(&store));
+    let one = tallies(&store);
+    let two = tallies(&store);
     for round in 0..50 {
         let id = Uuid::new_v4();
         let sent = (0..8).map(|task| {
@@ -109,7 +113,8 @@ async fn command_sent_many_times_at_once_is_executed_once() {
 #[tokio::test]
 async fn refusal_never_rests_on_outdated_state() {
     let store = memory();
-    let (one, two) = (tallies(&store), tallies(&store));
+    let one = tallies(&store);
+    let two = tallies(&store);
     one.execute("a", TallyCommand::Add(1), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Add(2), Uuid::new_v4()).await.unwrap();
     two.execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
@@ -136,7 +141,8 @@ async fn refusal_never_rests_on_outdated_state() {
 /// Sends these commands at once while the first commit is held, so that the other commands share the next commit.
 async fn together(faulty: &FaultyStore, commands: Vec<TallyCommand>) -> Vec<Result<usize, ExecuteError<Closed>>> {
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
-    let (tallies, gate) = (tallies(&store), Gate::new());
+    let tallies = tallies(&store);
+    let gate = Gate::new();
     faulty.at(faulty.commits() + 1, Fault::Hold(gate.clone()));
     let send = |command| {
         let tallies = tallies.clone();
@@ -239,7 +245,8 @@ async fn caller_that_does_not_poll_blocks_no_other() {
 #[test]
 fn ended_runtime_leaves_no_queue_behind() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let (ending, lasting) = (runtime(), runtime());
+    let ending = runtime();
+    let lasting = runtime();
     let faulty = FaultyStore::new(memory());
     let gate = Gate::new();
     faulty.at(1, Fault::Hold(gate.clone()));
@@ -287,7 +294,8 @@ async fn unknown_outcomes_execute_a_command_once() {
 async fn unavailable_store_is_reported() {
     let faulty = FaultyStore::new(memory());
     let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
-    let (tallies, id) = (tallies(&store), Uuid::new_v4());
+    let tallies = tallies(&store);
+    let id = Uuid::new_v4();
     faulty.away(true);
     let outcome = tallies.execute("a", TallyCommand::Add(1), id).await;
     assert!(matches!(outcome, Err(ExecuteError::Unavailable(_))), "{outcome:?}");

@@ -92,7 +92,8 @@ async fn parts_on_one_store_read_the_end_of_the_log_once() {
     const EVENTS: u64 = 100;
     const READERS: u64 = 8;
     let faulty = FaultyStore::new(Arc::new(MemoryStore::new()));
-    let (store, handled): (Arc<dyn EventStore>, _) = (Arc::new(faulty.clone()), Counter::default());
+    let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
+    let handled = Counter::default();
     let reader = |number| Subscription::new(&format!("reader-{number}"), handled.clone());
     let services = [("even", 0), ("odd", 1)].map(|(name, first)| {
         let readers = (first..READERS).step_by(2).map(reader);
@@ -153,10 +154,12 @@ async fn wake(store: &dyn EventStore, bus: &LocalBus) {
 #[tokio::test]
 async fn dropped_runtime_does_nothing_more() {
     for parts in ["lanes", "members", "a projection"] {
-        let (inner, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
+        let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let bus = LocalBus::default();
         let faulty = FaultyStore::new(inner.clone());
         let store: Arc<dyn EventStore> = Arc::new(faulty.clone());
-        let (copier, tallies) = (Copier::new(store.clone()), LogQuery::categories(["tally"]));
+        let copier = Copier::new(store.clone());
+        let tallies = LogQuery::categories(["tally"]);
         let service = Service::new("source", store.clone());
         let service = match parts {
             "lanes" => service.subscribe(Subscription::new("copier", copier).query(tallies).lanes(2)),
@@ -179,7 +182,8 @@ async fn dropped_runtime_does_nothing_more() {
 
 #[tokio::test(start_paused = true)]
 async fn drain_does_not_wait_for_ended_consumers() {
-    let (store, bus): (Arc<dyn EventStore>, _) = (Arc::new(MemoryStore::new()), LocalBus::default());
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let bus = LocalBus::default();
     // The group still exists, and the bus holds messages for it.
     drop(bus.join("gone", &["source.events"]).await.unwrap());
     let mut runtime = Runtime::new();
@@ -195,7 +199,8 @@ async fn drain_does_not_wait_for_ended_consumers() {
 #[tokio::test]
 async fn first_error_is_returned_and_health_names_the_part() {
     let Bed { inner, mut runtime, .. } = bed().await;
-    let (health, shutdown) = (runtime.health(), runtime.shutdown());
+    let health = runtime.health();
+    let shutdown = runtime.shutdown();
     runtime.spawn("mailer", async { Err("no such host".into()) });
     runtime.spawn("clock", async move {
         shutdown.cancelled().await;
@@ -228,7 +233,8 @@ async fn drain_works_before_and_right_after_the_start() {
 
 #[tokio::test]
 async fn nothing_starts_on_a_closed_bus() {
-    let (store, bus) = (Arc::new(MemoryStore::new()), LocalBus::default());
+    let store = Arc::new(MemoryStore::new());
+    let bus = LocalBus::default();
     bus.close();
     let mut runtime = Runtime::new();
     let group = annals::Group::new("late", &["source.events"], Copier::new(store.clone()));

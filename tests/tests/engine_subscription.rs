@@ -25,7 +25,8 @@ struct Running {
 
 impl Running {
     fn start(subscription: Subscription, store: &Arc<dyn EventStore>) -> Self {
-        let (shutdown, health) = (CancellationToken::new(), Health::default());
+        let shutdown = CancellationToken::new();
+        let health = Health::default();
         let task = tokio::spawn(subscription.run(store.clone(), health.clone(), shutdown.clone()));
         Self { task, shutdown, health }
     }
@@ -266,7 +267,8 @@ async fn fenced_worker_changes_nothing() {
 async fn two_processes_share_a_subscription_without_duplicates() {
     let store = memory();
     let lanes = || copier(&store).lanes(3);
-    let (one, two) = (Running::start(lanes(), &store), Running::start(lanes(), &store));
+    let one = Running::start(lanes(), &store);
+    let two = Running::start(lanes(), &store);
     for round in 0..30 {
         for id in ["a", "b", "c", "d", "e"] {
             add(&store, id, [round]).await;

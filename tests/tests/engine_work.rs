@@ -197,7 +197,8 @@ async fn transaction_that_was_committed_is_not_refused_by_its_second_attempt() {
 #[tokio::test]
 async fn two_commands_of_one_work_to_one_stream_are_both_executed() {
     let store = memory();
-    let (tallies, id) = (tallies(&store), Uuid::new_v4());
+    let tallies = tallies(&store);
+    let id = Uuid::new_v4();
     for repeated in [false, true] {
         let mut transaction = Transaction::new(store.clone(), id);
         let mut work = transaction.begin();

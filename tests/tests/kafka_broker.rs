@@ -70,7 +70,8 @@ async fn are_fine(runtimes: [&Runtime; 2]) {
 async fn broker_killed_and_away_under_load_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
-    let (ahead, most) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let ahead = Arc::<AtomicUsize>::default();
+    let most = Arc::<AtomicUsize>::default();
     let bus = Counting { inner: pair.bus().await, ahead, most: most.clone() };
     let relay = pair.start_relay(pair.source_store().await, Arc::new(bus), 1, None).await;
     let consumer = pair.consumer().await;
@@ -133,12 +134,14 @@ async fn lost_leader_is_replaced() {
     let mut brokers = Broker::cluster(3);
     let addresses: Vec<_> = brokers.iter().map(Broker::address).collect();
     let pair = Pair::on(&addresses.join(",")).await.set("replication", "3");
-    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
     let load = Load::start(pair.source_store().await, PAUSE);
     let mut sql = pair.sql().await;
     until("a load", async || sql.copies().await >= 200).await;
     let leader = {
-        let (brokers, topic) = (pair.brokers.clone(), pair.topic());
+        let brokers = pair.brokers.clone();
+        let topic = pair.topic();
         tokio::task::spawn_blocking(move || topic::leaders(&brokers, &topic)[&0]).await.unwrap()
     };
     brokers.retain(|broker| broker.node() != leader);
@@ -156,7 +159,8 @@ async fn lost_leader_is_replaced() {
 async fn topic_emptied_and_rebuilt_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
-    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
     let store = pair.source_store().await;
     let mut sql = pair.sql().await;
     add(&store, 0..50).await;
@@ -188,7 +192,8 @@ async fn topic_emptied_and_rebuilt_loses_nothing() {
 async fn topic_emptied_before_its_end_loses_nothing() {
     let mut broker = Broker::start();
     let pair = Pair::on(&broker.address()).await;
-    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
     let store = pair.source_store().await;
     let mut sql = pair.sql().await;
     add(&store, 0..20).await;

@@ -37,7 +37,8 @@ fn process() {
 }
 
 fn consumer(pair: &Pair) -> Task {
-    let (pair, role) = (pair.clone(), Role::Consumer);
+    let pair = pair.clone();
+    let role = Role::Consumer;
     Task { pair, role, instance: None, lanes: 1, point: Point::Nowhere, passes: 0 }
 }
 
@@ -126,7 +127,8 @@ async fn eight_members_join_and_leave_without_loss() {
     while started_at.elapsed() < COMING_AND_GOING {
         turn.tick().await;
         for _ in 0..2 {
-            let (leaving, coming) = (slots.next().unwrap(), slots.clone().nth(MEMBERS / 2).unwrap());
+            let leaving = slots.next().unwrap();
+            let coming = slots.clone().nth(MEMBERS / 2).unwrap();
             match members[leaving].take() {
                 Some(member) if leaving % 2 == 0 => member.drain(DRAIN).await.unwrap(),
                 // Drops the member while it is working.
@@ -167,7 +169,8 @@ async fn commit_delayed_past_a_rebalance_changes_nothing() {
     // The group removes a member that does not poll within this time, even if it is alive.
     let pair = pair.set("session.timeout.ms", SHORT_SESSION_MS).set("max.poll.interval.ms", "3000");
     let relay = pair.relay().await;
-    let (mut sql, mut holder) = (pair.sql().await, pair.sql().await);
+    let mut sql = pair.sql().await;
+    let mut holder = pair.sql().await;
     // Every commit takes the advisory locks of its streams (the gates) in order. The first gate belongs to the mark's
     // stream and to no copy.
     let first_gate =

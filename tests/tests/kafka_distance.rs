@@ -60,7 +60,8 @@ async fn messages_to_forty_partitions_take_few_round_trips() {
     let one_way = Duration::from_millis(25);
     let broker = Broker::at_distance(one_way).await;
     let bus = KafkaBus::connect(Settings::new(&broker.address()).partitions(40)).await.unwrap();
-    let (topic, keys): (Arc<str>, _) = ("far.events".into(), keys(40));
+    let topic: Arc<str> = "far.events".into();
+    let keys = keys(40);
     let page = |each: i64| -> Vec<Outgoing> {
         let messages = (0..each).flat_map(|number| keys.iter().map(move |key| (key, number)));
         messages.map(|(key, number)| message(&topic, key, number)).collect()
@@ -87,7 +88,8 @@ async fn burst_and_outage_open_few_connections() {
     bus.publish(warm).await.unwrap().await.unwrap();
     let before = broker.accepted();
     let burst = (0..200).map(|number| {
-        let (bus, message) = (bus.clone(), message(&topic, &keys[number % 8], number as i64));
+        let bus = bus.clone();
+        let message = message(&topic, &keys[number % 8], number as i64);
         tokio::spawn(async move { bus.publish(vec![message]).await.unwrap().await.unwrap() })
     });
     for published in burst.collect::<Vec<_>>() {
@@ -140,7 +142,8 @@ async fn sagas(one_way: Duration, at_once: usize, rounds: usize) -> u32 {
         for id in &ids {
             world.request(id, Uuid::new_v4(), None).await;
         }
-        let (mut running, mut times) = (ids, Vec::new());
+        let mut running = ids;
+        let mut times = Vec::new();
         while !running.is_empty() {
             sleep(LOOK).await;
             let mut still = Vec::new();

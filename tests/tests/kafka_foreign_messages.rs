@@ -22,7 +22,8 @@ const TOPIC_BYTES_MAX: &str = "20000";
 const ENOUGH: &str = "100000";
 
 async fn send(pair: &Pair, records: Vec<Record>) {
-    let (brokers, topic) = (pair.brokers.clone(), pair.topic());
+    let brokers = pair.brokers.clone();
+    let topic = pair.topic();
     spawn_blocking(move || topic::send(&brokers, &topic, &records)).await.unwrap();
 }
 
@@ -65,7 +66,8 @@ impl Record {
 
 /// Waits until the consumer has reached the end of the topic.
 async fn consumed(pair: &Pair, sql: &mut Sql) {
-    let (brokers, topic) = (pair.brokers.clone(), pair.topic());
+    let brokers = pair.brokers.clone();
+    let topic = pair.topic();
     let ends = spawn_blocking(move || topic::ends(&brokers, &topic)).await.unwrap();
     let waited = tokio::time::timeout(kafka::RECOVERY, async {
         let place = format!("{}/{}", pair.group(), pair.topic());
@@ -83,7 +85,8 @@ async fn consumed(pair: &Pair, sql: &mut Sql) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeating_the_whole_topic_changes_nothing() {
     let pair = Pair::new().await;
-    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
     add(&pair.source_store().await, 0..20).await;
     pair.agrees().await;
     let records = pair.records().await;
@@ -229,11 +232,13 @@ async fn messages_of_any_codec_are_read() {
         let name = pair.topic();
         let topic = NewTopic::new(&name, 4, TopicReplication::Fixed(1)).set("compression.type", codec);
         admin(&pair).create_topics([&topic], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
-        let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+        let relay = pair.relay().await;
+        let consumer = pair.consumer().await;
         add(&pair.source_store().await, 0..20).await;
         pair.agrees().await;
         let records: Vec<_> = (0..GOOD as i64).map(|amount| event("compressed", amount)).collect();
-        let (brokers, topic) = (pair.brokers.clone(), pair.topic());
+        let brokers = pair.brokers.clone();
+        let topic = pair.topic();
         spawn_blocking(move || topic::send_compressed(&brokers, &topic, &records, codec)).await.unwrap();
         let mut sql = pair.sql().await;
         consumed(&pair, &mut sql).await;
@@ -312,7 +317,8 @@ fn large(stream: &str, amount: i64) -> Append {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn message_too_large_for_the_topic_is_parked() {
     let pair = Pair::new().await;
-    let (admin, options) = (admin(&pair), AdminOptions::new());
+    let admin = admin(&pair);
+    let options = AdminOptions::new();
     let name = pair.topic();
     let topic = NewTopic::new(&name, 4, TopicReplication::Fixed(1)).set("max.message.bytes", TOPIC_BYTES_MAX);
     admin.create_topics([&topic], &options).await.unwrap()[0].as_ref().unwrap();
@@ -324,7 +330,8 @@ async fn message_too_large_for_the_topic_is_parked() {
     add(&store, 20..40).await;
     store.commit(commit(vec![large("tally-5", 40), large("tally-3", 41)])).await.unwrap();
     add(&store, 40..42).await;
-    let (relay, consumer) = (pair.relay().await, pair.consumer().await);
+    let relay = pair.relay().await;
+    let consumer = pair.consumer().await;
     let mut sql = pair.sql().await;
     let others = (TALLIES as i64 - 2) * 42 + 20 + 40;
     until("the others are handled", async || sql.copies().await >= others).await;

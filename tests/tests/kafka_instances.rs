@@ -27,7 +27,9 @@ fn process() {
 }
 
 fn consumer(pair: &Pair, instance: &str) -> Task {
-    let (pair, role, instance) = (pair.clone(), Role::Consumer, Some(instance.to_owned()));
+    let pair = pair.clone();
+    let role = Role::Consumer;
+    let instance = Some(instance.to_owned());
     Task { pair, role, instance, lanes: 1, point: Point::Nowhere, passes: 0 }
 }
 
@@ -46,8 +48,10 @@ async fn handled(pair: &Pair, sql: &mut Sql, rounds: std::ops::Range<i64>) -> Du
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_member_rejoins_at_once_under_its_name() {
     let pair = Pair::new().await;
-    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
-    let (mut one, mut other) = (consumer(&pair, "one").start(), consumer(&pair, "other").start());
+    let relay = pair.relay().await;
+    let mut sql = pair.sql().await;
+    let mut one = consumer(&pair, "one").start();
+    let mut other = consumer(&pair, "other").start();
     one.started().await;
     other.started().await;
     handled(&pair, &mut sql, 0..5).await;
@@ -70,8 +74,10 @@ async fn killed_member_rejoins_at_once_under_its_name() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stopped_member_is_replaced_at_once() {
     let pair = Pair::new().await;
-    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
-    let (one, other) = (named(&pair, "one").await, named(&pair, "other").await);
+    let relay = pair.relay().await;
+    let mut sql = pair.sql().await;
+    let one = named(&pair, "one").await;
+    let other = named(&pair, "other").await;
     handled(&pair, &mut sql, 0..5).await;
     one.drain(DRAIN).await.unwrap();
     let taken = handled(&pair, &mut sql, 5..10).await;
@@ -86,7 +92,8 @@ async fn first_of_two_members_with_one_name_reports_its_end() {
     // On one store, the two instances would detect each other by their heartbeats. With this setting, they can notice
     // each other only in the Kafka group.
     let pair = Pair::new().await.set("group.instance.id", "the only one");
-    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let relay = pair.relay().await;
+    let mut sql = pair.sql().await;
     let first = pair.consumer().await;
     handled(&pair, &mut sql, 0..5).await;
     let second = pair.consumer().await;
@@ -113,7 +120,8 @@ async fn first_of_two_members_with_one_name_reports_its_end() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fenced_member_that_is_alone_under_its_name_continues() {
     let pair = Pair::new().await.set("group.instance.id", "the only one");
-    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let relay = pair.relay().await;
+    let mut sql = pair.sql().await;
     let mut one = consumer(&pair, "one").start();
     one.started().await;
     handled(&pair, &mut sql, 0..5).await;
@@ -132,7 +140,8 @@ async fn fenced_member_that_is_alone_under_its_name_continues() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_of_one_process_do_not_fence_each_other() {
     let pair = Pair::new().await.set("group.instance.id", "node 1/größe");
-    let (relay, mut sql) = (pair.relay().await, pair.sql().await);
+    let relay = pair.relay().await;
+    let mut sql = pair.sql().await;
     let mut runtime = Runtime::new();
     let store = pair.sink_store().await;
     let copier = annals::Group::new(&pair.group(), &[&pair.topic()], annals_tests::tally::Copier::new(store.clone()));

@@ -29,7 +29,8 @@ fn process() {
 }
 
 fn relay(pair: &Pair) -> Task {
-    let (pair, role) = (pair.clone(), Role::Relay);
+    let pair = pair.clone();
+    let role = Role::Relay;
     Task { pair, role, instance: None, lanes: 1, point: Point::Nowhere, passes: 0 }
 }
 
@@ -86,7 +87,8 @@ async fn killed_relay_hands_its_lanes_to_the_other() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let shared = |name: &str| Task { instance: Some(name.into()), lanes: 4, ..relay(&pair) };
-    let (mut one, mut other) = (shared("one").start(), shared("other").start());
+    let mut one = shared("one").start();
+    let mut other = shared("other").start();
     one.started().await;
     other.started().await;
     let load = Load::start(pair.source_store().await, PAUSE);
@@ -104,7 +106,8 @@ async fn relay_stopped_past_its_lease_sends_only_old_pages() {
     let pair = Pair::new().await;
     let consumer = pair.consumer().await;
     let shared = |name: &str, point| Task { instance: Some(name.into()), lanes: 4, point, passes: 20, ..relay(&pair) };
-    let (mut zombie, mut other) = (shared("one", Point::ReadThenOn).start(), shared("other", Point::Nowhere).start());
+    let mut zombie = shared("one", Point::ReadThenOn).start();
+    let mut other = shared("other", Point::Nowhere).start();
     zombie.started().await;
     other.started().await;
     let load = Load::start(pair.source_store().await, PAUSE);

@@ -123,7 +123,8 @@ async fn handled(store: &Arc<dyn EventStore>, id: &str, version: i64) {
 async fn dead_letter_is_logged_once_and_health_recovers_without_it() {
     log();
     for (kind, store, _keep) in stores().await {
-        let (fails, name) = (Fails::default(), format!("adder.{kind}"));
+        let fails = Fails::default();
+        let name = format!("adder.{kind}");
         let subscription = || Subscription::new(&name, fails.clone());
         let runtime = start(&store, subscription()).await;
         let health = runtime.health();

@@ -106,10 +106,12 @@ async fn all_of(store: &dyn EventStore) -> Vec<String> {
 #[tokio::test]
 async fn single_and_set_appends_give_the_same_result() {
     let schemas = [Schema::new(), Schema::new()];
-    let (few, many) = (schemas[0].store().await, schemas[1].store().await);
+    let few = schemas[0].store().await;
+    let many = schemas[1].store().await;
     let reference = Arc::new(MemoryStore::default());
     let mut random = fastrand::Rng::with_seed(7);
-    let (mut held, mut refused) = (0, 0);
+    let mut held = 0;
+    let mut refused = 0;
     for number in 0..COMMITS {
         let commit = some_commit(&reference, &mut random).await;
         if commit.is_empty() {

@@ -49,7 +49,8 @@ impl Counted {
                 if counted.away.load(Ordering::SeqCst) {
                     continue;
                 }
-                let (counted, address) = (counted.clone(), address.clone());
+                let counted = counted.clone();
+                let address = address.clone();
                 tokio::spawn(async move { counted.pass(client, TcpStream::connect(address).await?).await });
             }
         });
@@ -99,7 +100,8 @@ async fn burst_of_cold_loads_stays_within_the_connection_limit() {
     let cold = Repository::<Tally>::new(Arc::new(store.clone()));
     let mut loads = JoinSet::new();
     for id in 0..LOADS {
-        let (cold, store) = (cold.clone(), store.clone());
+        let cold = cold.clone();
+        let store = store.clone();
         loads.spawn(async move {
             assert_eq!(cold.state(&id.to_string()).await.unwrap().sum(), 1);
             // Also reads a document, which takes another code path than a stream.
@@ -116,7 +118,8 @@ async fn burst_of_cold_loads_stays_within_the_connection_limit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cancelled_reads_leave_no_connection_half_open() {
-    let (schema, counted) = (Schema::new(), Counted::default());
+    let schema = Schema::new();
+    let counted = Counted::default();
     let store = open(&counted.start().await, &schema).await;
     let before = counted.count();
     for _ in 0..200 {
@@ -137,7 +140,8 @@ async fn cancelled_reads_leave_no_connection_half_open() {
 /// All waiting callers share one schedule of reconnection attempts.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusing_server_is_not_flooded_with_connections() {
-    let (schema, counted) = (Schema::new(), Counted::default());
+    let schema = Schema::new();
+    let counted = Counted::default();
     let store = open(&counted.start().await, &schema).await;
     counted.away.store(true, Ordering::SeqCst);
     let before = counted.count();

@@ -80,7 +80,8 @@ async fn crash_at_a_gap_loses_no_event_for_readers() {
         if drawn_twice == CRASHES {
             break;
         }
-        let (mut slow, mut many) = (server.connection().await, server.connection().await);
+        let mut slow = server.connection().await;
+        let mut many = server.connection().await;
         execute(&mut slow, "BEGIN").await;
         insert(&mut slow, &format!("slow-{crash}"), 1).await;
         insert(&mut server.connection().await, &format!("visible-{crash}"), 1).await;
@@ -281,7 +282,8 @@ async fn running_subscriptions_notice_a_lost_end() {
     let mut failover = Failover::prepare().await;
     let shared: Arc<dyn EventStore> = Arc::new(store(&failover.address.url()).await);
     let tail: Arc<dyn EventStore> = Arc::new(Tail::follow(shared).await.unwrap());
-    let (health, shutdown) = (Health::default(), CancellationToken::new());
+    let health = Health::default();
+    let shutdown = CancellationToken::new();
     let copier = Subscription::new("copier", Copier::new(tail.clone())).query(LogQuery::categories(["tally"]));
     let running = tokio::spawn(copier.run(tail.clone(), health.clone(), shutdown.clone()));
     let tallies = Repository::<Tally>::new(tail.clone());

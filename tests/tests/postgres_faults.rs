@@ -99,13 +99,15 @@ fn named(schema: &Schema) -> String {
 async fn ending_sessions_every_50_ms_loses_no_acknowledged_commit() {
     const ROUNDS: u32 = 60;
     let schema = Schema::new();
-    let (url, settings) = (named(&schema), schema.settings());
+    let url = named(&schema);
+    let settings = schema.settings();
     let store = PostgresStore::connect(&url, settings.clone()).await.unwrap();
     let load = Load::start(&store, &url, &settings, 32);
     load.goes_on(10).await;
     let before = load.acknowledged();
     let mut outside = schema.connection().await;
-    let (mut every, mut ended) = (tokio::time::interval(Duration::from_millis(50)), 0);
+    let mut every = tokio::time::interval(Duration::from_millis(50));
+    let mut ended = 0;
     for _ in 0..ROUNDS {
         every.tick().await;
         let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
@@ -244,7 +246,8 @@ async fn interrupted_migration_leaves_nothing_half_done() {
         }
         let opening: Vec<_> = (0..3)
             .map(|_| {
-                let (url, settings) = (named(&schema), schema.settings());
+                let url = named(&schema);
+                let settings = schema.settings();
                 tokio::spawn(async move { PostgresStore::connect(&url, settings).await })
             })
             .collect();
@@ -281,7 +284,8 @@ async fn commands_on_one_aggregate_are_executed_once_while_sessions_end() {
         tasks.spawn(async move {
             let mut again = 0;
             for number in 0..COMMANDS {
-                let (command, id) = (TallyCommand::Add(task * COMMANDS + number), Uuid::new_v4());
+                let command = TallyCommand::Add(task * COMMANDS + number);
+                let id = Uuid::new_v4();
                 // The only other possible answer is an unknown outcome, and the caller must then ask again.
                 while let Err(error) = tallies.execute("one", command.clone(), id).await {
                     assert!(matches!(error, ExecuteError::Unavailable(_)), "{error}");
@@ -293,7 +297,9 @@ async fn commands_on_one_aggregate_are_executed_once_while_sessions_end() {
             again
         });
     }
-    let (mut outside, mut ended, mut again) = (schema.connection().await, 0, 0);
+    let mut outside = schema.connection().await;
+    let mut ended = 0;
+    let mut again = 0;
     let mut every = tokio::time::interval(Duration::from_millis(50));
     while !tasks.is_empty() {
         every.tick().await;

@@ -41,7 +41,8 @@ async fn streams(store: &PostgresStore) -> Vec<String> {
 async fn readers_wait_for_a_slower_writer() {
     for ending in ["COMMIT", "ROLLBACK"] {
         let schema = Schema::new();
-        let (store, other) = (schema.store().await, schema.store().await);
+        let store = schema.store().await;
+        let other = schema.store().await;
         store.commit(append("before-1", 0, 1)).await.unwrap();
         let mut slow = schema.connection().await;
         execute(&mut slow, "BEGIN").await;
@@ -126,7 +127,8 @@ async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
     const WRITERS: usize = 24;
     const ROUNDS: usize = 60;
     let schema = Schema::new();
-    let (reading, writing) = (schema.store().await, schema.store().await);
+    let reading = schema.store().await;
+    let writing = schema.store().await;
     let mut elsewhere = schema.connection().await;
     let bystander = schema.prepared();
     execute(&mut elsewhere, &schema.sql("CREATE TABLE annals.elsewhere (number int)").0).await;
@@ -138,7 +140,8 @@ async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
     let tail = {
         let done = done.clone();
         tokio::spawn(async move {
-            let (mut seen, mut after) = (Vec::<Arc<Recorded>>::new(), Position::START);
+            let mut seen = Vec::<Arc<Recorded>>::new();
+            let mut after = Position::START;
             loop {
                 let ends = done.load(Ordering::SeqCst);
                 let page = reading.read_log(&LogQuery::all(), after, 37).await.unwrap();
@@ -155,7 +158,8 @@ async fn a_tailing_reader_sees_every_committed_event_once_and_in_order() {
     };
     let mut writers = JoinSet::new();
     for writer in 0..WRITERS {
-        let (schema, writing) = (schema.clone(), writing.clone());
+        let schema = schema.clone();
+        let writing = writing.clone();
         writers.spawn(async move {
             let mut connection = schema.connection().await;
             for round in 0..ROUNDS {
@@ -260,7 +264,8 @@ async fn positions_are_drawn_under_the_lock() {
         execute(&mut holder, &schema.sql("BEGIN; LOCK TABLE annals.events IN SHARE MODE").0).await;
         let drawn = "SELECT annals.drawn()";
         let before: i64 = sqlx::query_scalar(schema.sql(drawn)).fetch_one(&mut observer).await.unwrap();
-        let (writer, of_writer) = (store.clone(), schema.clone());
+        let writer = store.clone();
+        let of_writer = schema.clone();
         let writing = tokio::spawn(async move {
             if by_hand {
                 let sql = "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
@@ -297,7 +302,8 @@ async fn commit_reports_one_run_only_for_consecutive_positions() {
         let store = schema.store().await;
         writers.spawn(async move {
             let name = format!("run-{writer}");
-            let (mut notified, mut silent) = (Vec::new(), 0);
+            let mut notified = Vec::new();
+            let mut silent = 0;
             for round in 0..ROUNDS {
                 let committed = store.commit(append(&name, round * EVENTS, EVENTS as usize)).await.unwrap();
                 match committed.recorded_at {
@@ -308,7 +314,8 @@ async fn commit_reports_one_run_only_for_consecutive_positions() {
             (name, notified, silent)
         });
     }
-    let (mut one_run, mut interleaved) = (0, 0);
+    let mut one_run = 0;
+    let mut interleaved = 0;
     let mut outside = schema.connection().await;
     for (name, notified, silent) in writers.join_all().await {
         one_run += notified.len();

@@ -20,7 +20,8 @@ fn of(stream: &str, data: &str) -> Commit {
         data: data.into(),
         metadata: Metadata::of_request(Uuid::new_v4()),
     };
-    let (stream, expected) = (StreamId::from_stored(stream), Expected::Any);
+    let stream = StreamId::from_stored(stream);
+    let expected = Expected::Any;
     Commit { appends: vec![Append { stream, expected, events: vec![event] }], puts: Vec::new() }
 }
 
@@ -99,7 +100,8 @@ async fn rows_inserted_by_hand_block_no_reader_or_writer() {
     let insert = "INSERT INTO annals.events
                   (stream_id, version, event_id, type, schema_version, data, metadata, recorded_at)
                   VALUES ($1, $2, gen_random_uuid(), $3, $4, $5::text::json, $6::text::json, $7::text::timestamptz)";
-    let (deep, long) = (format!("{}{}", "[".repeat(5_000), "]".repeat(5_000)), format!("long-{}", "x".repeat(2_000)));
+    let deep = format!("{}{}", "[".repeat(5_000), "]".repeat(5_000));
+    let long = format!("long-{}", "x".repeat(2_000));
     let rows = [
         ("NoName", 1, "", i32::MIN, r#""\u0000""#, "[]", "infinity"),
         ("", 7, "by hand\n", -1, r#""\ud800""#, r#"{"correlation_id":7}"#, "-infinity"),

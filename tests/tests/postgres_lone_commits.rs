@@ -22,7 +22,8 @@ fn runtime() -> Runtime {
 /// The first runtime's connection ended with that runtime.
 #[test]
 fn runtimes_commit_one_after_the_other_to_one_store() {
-    let (schema, first) = (Schema::new(), runtime());
+    let schema = Schema::new();
+    let first = runtime();
     let store = first.block_on(async {
         let store = schema.store().await;
         store.commit(append("thing-1", 0, 1)).await.unwrap();
@@ -113,7 +114,8 @@ async fn other_stores_are_notified_as_soon_as_one_listens() {
     outside.listen(&channel).await.unwrap();
     // Until this store sees the other store, it cannot know that it is not alone.
     let attending = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 'annals.events'::regclass AND objid = 1024";
-    let (mut connection, started) = (schema.connection().await, Instant::now());
+    let mut connection = schema.connection().await;
+    let started = Instant::now();
     while sqlx::query_scalar::<_, i64>(schema.sql(attending)).fetch_one(&mut connection).await.unwrap() == 0 {
         assert!(started.elapsed() < PROMPTLY, "the store does not attend");
     }
@@ -136,7 +138,8 @@ async fn other_stores_are_notified_as_soon_as_one_listens() {
 #[tokio::test(flavor = "multi_thread")]
 async fn other_store_is_notified_of_each_commit() {
     let schema = Schema::new();
-    let (here, there) = (schema.store().await, schema.store().await);
+    let here = schema.store().await;
+    let there = schema.store().await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     let mut took = Vec::new();
     for version in 0..4 {

@@ -60,9 +60,10 @@ impl Proxy {
     }
 
     async fn pass(&self, client: TcpStream, server: TcpStream) -> std::io::Result<()> {
-        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
-            (client.into_split(), server.into_split());
-        let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+        let (mut from_client, mut to_client) = client.into_split();
+        let (mut from_server, mut to_server) = server.into_split();
+        let mut asked = vec![0; 1 << 16];
+        let mut answered = vec![0; 1 << 16];
         loop {
             tokio::select! {
                 length = from_client.read(&mut asked) => {
@@ -111,7 +112,8 @@ impl Proxy {
 #[tokio::test(flavor = "multi_thread")]
 async fn commit_with_a_lost_answer_is_retried_and_stored_once() {
     const ROUNDS: i64 = 20;
-    let (schema, proxy) = (Schema::new(), Proxy::start().await);
+    let schema = Schema::new();
+    let proxy = Proxy::start().await;
     let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
     let mut outside = schema.connection().await;
     for cut in [Cut::After, Cut::Before, Cut::Told] {
@@ -149,7 +151,8 @@ async fn commit_with_a_lost_answer_is_retried_and_stored_once() {
 /// A read is safe to repeat, so its caller sees no error.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_with_a_lost_answer_is_retried() {
-    let (schema, proxy) = (Schema::new(), Proxy::start().await);
+    let schema = Schema::new();
+    let proxy = Proxy::start().await;
     let store = PostgresStore::connect(&proxy.url(), schema.settings()).await.unwrap();
     store.commit(append("read-1", 0, 3)).await.unwrap();
     let stream = annals::StreamId::parse("read-1").unwrap();

@@ -74,12 +74,14 @@ async fn store_does_not_open_behind_an_undeclared_pooler() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn several_instances_start_at_once_and_follow_each_other() {
-    let (schema, pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
+    let schema = Schema::new();
+    let pooler = Pooler::start(SESSIONS, "").await;
     let url = pooler.url();
     let opened = (0..8).map(|_| PostgresStore::connect(&url, schema.settings()));
     let stores = futures::future::try_join_all(opened).await.unwrap();
     for round in 0..5 {
-        let (writer, reader) = (&stores[round % 8], &stores[(round + 1) % 8]);
+        let writer = &stores[round % 8];
+        let reader = &stores[(round + 1) % 8];
         let before = Position(round as i64);
         let waiting = reader.wait(before);
         writer.commit(append(&format!("a-{round}"), 0, 1)).await.unwrap();
@@ -122,11 +124,14 @@ async fn sessions_keep_no_state() {
 async fn ending_sessions_and_the_pooler_under_load_loses_nothing() {
     const KILLS: usize = 3;
     const ROUNDS: u32 = 20;
-    let (schema, mut pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
-    let (url, settings) = (format!("{}&application_name={}", pooler.url(), schema.name()), schema.settings());
+    let schema = Schema::new();
+    let mut pooler = Pooler::start(SESSIONS, "").await;
+    let url = format!("{}&application_name={}", pooler.url(), schema.name());
+    let settings = schema.settings();
     let store = PostgresStore::connect(&url, settings.clone()).await.unwrap();
     let load = Load::start(&store, &url, &settings, 16);
-    let (mut outside, mut ended) = (schema.connection().await, 0);
+    let mut outside = schema.connection().await;
+    let mut ended = 0;
     for _ in 0..KILLS {
         load.goes_on(50).await;
         for _ in 0..ROUNDS {
@@ -146,7 +151,8 @@ async fn ending_sessions_and_the_pooler_under_load_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replays_and_restores_work_through_a_pooler() {
-    let (schema, pooler) = (Schema::new(), Pooler::start(SESSIONS, "").await);
+    let schema = Schema::new();
+    let pooler = Pooler::start(SESSIONS, "").await;
     let store = PostgresStore::connect(&pooler.url(), schema.settings()).await.unwrap();
     for number in 0..50 {
         store.commit(append(&format!("a-{number}"), 0, 20)).await.unwrap();

@@ -44,7 +44,8 @@ async fn filled(schema: &Schema, url: &str) -> PostgresStore {
 
 /// Reads some events from a version within the stream.
 async fn read(store: &PostgresStore, number: usize) {
-    let (after, limit) = (number % 3, 1 + number % 4);
+    let after = number % 3;
+    let limit = 1 + number % 4;
     let stream = StreamId::parse(&format!("thing-{number}")).unwrap();
     let events = store.read_stream(&stream, Version(after as i64), limit).await.unwrap();
     let expected: Vec<_> = (after + 1..=length(number)).take(limit).map(|version| version as i64).collect();
@@ -119,9 +120,11 @@ async fn session_that_ends_during_reads_is_replaced() {
     let store = filled(&schema, &format!("{}{separator}application_name={}", url(), schema.name())).await;
     let done = Arc::new(AtomicBool::new(false));
     let ending = tokio::spawn({
-        let (schema, done) = (schema.clone(), done.clone());
+        let schema = schema.clone();
+        let done = done.clone();
         async move {
-            let (mut connection, mut ended) = (schema.connection().await, 0);
+            let mut connection = schema.connection().await;
+            let mut ended = 0;
             let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1 \
                        AND query LIKE '%of_stream%'";
             while !done.load(Ordering::Relaxed) {
@@ -160,7 +163,8 @@ async fn reader_woken_by_a_local_commit_does_not_poll() {
     store.close().await.unwrap();
     let looks = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = 'annals.events_position_key'::regclass";
     let mut connection = schema.connection().await;
-    let (started, mut seen) = (Instant::now(), 0);
+    let started = Instant::now();
+    let mut seen = 0;
     while seen < COMMITS && started.elapsed() < PROMPTLY {
         seen = sqlx::query_scalar(schema.sql(looks)).fetch_one(&mut connection).await.unwrap();
     }

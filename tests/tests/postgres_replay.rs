@@ -51,7 +51,8 @@ impl Bed {
 
     /// Reads through the store's trait, page by page.
     async fn read(&self, query: &LogQuery) -> Vec<Recorded> {
-        let (mut all, mut after) = (Vec::new(), Position::START);
+        let mut all = Vec::new();
+        let mut after = Position::START;
         loop {
             let page = self.store.read_log(query, after, 1_000).await.unwrap();
             if page.next == after {
@@ -128,7 +129,8 @@ async fn replay_returns_the_same_events_as_the_log() {
         within.cloned().collect::<Vec<_>>()
     };
     for (from, until) in [(1, 1), (19_999, 20_002), (44_000, 60_002), (60_003, i64::MAX), (i64::MIN, 3), (9, 8)] {
-        let (first, last) = (Position(from), Position(until));
+        let first = Position(from);
+        let last = Position(until);
         assert_eq!(bed.replayed(Replay::all().positions(first..=last)).await, between(from, until));
         let open = Replay::all().positions(first..last);
         assert_eq!(bed.replayed(open).await, between(from, until.saturating_sub(1)));
@@ -180,7 +182,9 @@ async fn typed_replay_keeps_order_past_an_undecodable_event() {
     bed.store.commit(commit).await.unwrap();
     bed.fill_more(EVENTS).await;
     let mut replayed = bed.store.replay_as::<NumberEvent>(Replay::all());
-    let (mut count, mut errors, mut streams) = (0, Vec::new(), BTreeMap::new());
+    let mut count = 0;
+    let mut errors = Vec::new();
+    let mut streams = BTreeMap::new();
     while let Some(event) = replayed.next().await {
         match event {
             Ok(event) => {
@@ -259,7 +263,8 @@ async fn lost_connection_loses_no_replayed_event() {
     bed.fill(120_000, 500).await;
     let mut replayed = bed.store.replay(Replay::all());
     let mut taken = 0;
-    let (mut killer, mut killed) = (bed.schema.connection().await, 0);
+    let mut killer = bed.schema.connection().await;
+    let mut killed = 0;
     for _ in 0..5 {
         for _ in 0..9_000 {
             taken += 1;

@@ -38,7 +38,8 @@ async fn replay_memory_does_not_grow_with_the_log() {
           FROM generate_series(1, $1) AS n";
     sqlx::query(schema.sql(fill)).bind(EVENTS).execute(&mut schema.connection().await).await.unwrap();
     let before = resident();
-    let (mut typed, mut untyped) = (0, 0);
+    let mut typed = 0;
+    let mut untyped = 0;
     let mut replayed = store.replay_as::<NumberEvent>(Replay::all());
     while let Some(event) = replayed.try_next().await.unwrap() {
         typed += 1;

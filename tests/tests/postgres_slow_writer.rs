@@ -38,7 +38,8 @@ async fn add_by_hand(connection: &mut PgConnection, schema: &Schema, stream: &st
 async fn readers_miss_no_commit_of_a_slow_writer() {
     for ending in ["COMMIT", "ROLLBACK"] {
         let schema = Schema::new();
-        let (store, settings) = (schema.store().await, schema.settings());
+        let store = schema.store().await;
+        let settings = schema.settings();
         let load = Load::start(&store, &url(), &settings, 8);
         load.goes_on(50).await;
         let mut slow = schema.connection().await;
@@ -126,7 +127,8 @@ async fn ten_thousand_rolled_back_commits_delay_no_reader() {
     const WRITERS: usize = 10;
     const ROLLBACKS: usize = 1_000;
     let schema = Schema::new();
-    let (store, settings) = (schema.store().await, schema.settings());
+    let store = schema.store().await;
+    let settings = schema.settings();
     let load = Load::start(&store, &url(), &settings, 8);
     let mut writers = JoinSet::new();
     for writer in 0..WRITERS {

@@ -143,7 +143,8 @@ async fn conflicts_roll_the_rows_back() {
 async fn sql_handler_on_another_store_does_nothing() {
     let bed = Bed::new().await;
     bed.add("a", [1]).await;
-    let (shutdown, health) = (CancellationToken::new(), Health::default());
+    let shutdown = CancellationToken::new();
+    let health = Health::default();
     let astray = Subscription::new("rows", bed.store.handler(bed.rows.clone()));
     let task = tokio::spawn(astray.run(Arc::new(bed.plain.clone()), health.clone(), shutdown));
     let reason = eventually("the dead letter gives the reason", async || match health.parts().get("rows/0") {

@@ -47,12 +47,15 @@ async fn ended_sessions_lose_and_duplicate_nothing() {
         bed.rows.micros_max = 700;
         let watch = (lanes == 1).then(|| bed.watch());
         let running = bed.start(lanes);
-        let (mut killer, mut killed, mut added) = (bed.schema.connection().await, 0, 0);
+        let mut killer = bed.schema.connection().await;
+        let mut killed = 0;
+        let mut added = 0;
         for kill in 0..KILLS {
             let mut writers = JoinSet::new();
             let other = bed.schema.store().await;
             for key in 0..KEYS {
-                let (other, before) = (other.clone(), added / KEYS as i64);
+                let other = other.clone();
+                let before = added / KEYS as i64;
                 let mut commit = append(&format!("tally-{key}"), before, 3);
                 for (event, amount) in commit.appends[0].events.iter_mut().zip(before..) {
                     (event.type_name, event.data) = ("tally.added".into(), format!(r#"{{"amount":{amount}}}"#));
@@ -134,13 +137,17 @@ fn deaf_to_commits(server: String, cuts: Arc<AtomicU64>) -> std::net::SocketAddr
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for client in listener.incoming() {
-            let (client, server) = (client.unwrap(), TcpStream::connect(&server).unwrap());
-            let (mut answers, mut back) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            let client = client.unwrap();
+            let server = TcpStream::connect(&server).unwrap();
+            let mut answers = server.try_clone().unwrap();
+            let mut back = client.try_clone().unwrap();
             std::thread::spawn(move || {
                 std::io::copy(&mut answers, &mut back).ok();
                 back.shutdown(Shutdown::Both).ok();
             });
-            let (mut client, mut server, cuts) = (client, server, cuts.clone());
+            let mut client = client;
+            let mut server = server;
+            let cuts = cuts.clone();
             std::thread::spawn(move || {
                 let mut bytes = vec![0; 1 << 16];
                 while let Some(count) = client.read(&mut bytes).ok().filter(|count| *count > 0) {

@@ -60,7 +60,8 @@ async fn server() -> (Server, TempDir) {
 async fn every_connection_is_as_secure_as_its_url_demands() {
     let (server, certificates) = server().await;
     let root = |name: &str| format!("sslrootcert={}", certificates.path().join(name).display());
-    let (of_ca, of_other) = (root("ca.crt"), root("other.crt"));
+    let of_ca = root("ca.crt");
+    let of_other = root("other.crt");
     let open = async |host: &str, parameters: &str| {
         let url = format!("{}?application_name=annals-tls&{parameters}", server.url_at(host));
         PostgresStore::connect(&url, Settings::default()).await

@@ -111,7 +111,8 @@ async fn views_show_parked_messages_and_lag() {
     let expected = listed.iter().map(|letter| {
         let parked = &letter.parked;
         let subject = parked.message().map(|message| message.subject.to_string());
-        let (key, reason) = (parked.key.to_string(), parked.reason.clone());
+        let key = parked.key.to_string();
+        let reason = parked.reason.clone();
         (letter.id.to_string(), "picky".to_owned(), key, reason, parked.attempts as i32, letter.behind as i64, subject)
     });
     assert_eq!(seen, expected.collect::<Vec<_>>());

@@ -17,7 +17,8 @@ use self::postgres::{PROMPTLY, Schema, append};
 /// Returns a commit that writes to one stream and relies on the version of another stream.
 fn relying(on: (&str, i64), write: (&str, i64)) -> Commit {
     let mut commit = append(write.0, write.1, 1);
-    let (stream, expected) = (StreamId::parse(on.0).unwrap(), Expected::Version(Version(on.1)));
+    let stream = StreamId::parse(on.0).unwrap();
+    let expected = Expected::Version(Version(on.1));
     commit.appends.push(Append { stream, expected, events: Vec::new() });
     commit
 }
@@ -81,7 +82,8 @@ async fn one_of_two_mutually_dependent_commits_succeeds() {
         let mut left = 0;
         for round in 0..ROUNDS {
             barrier.wait().await;
-            let (own, other) = (format!("{own}-{round}"), format!("{other}-{round}"));
+            let own = format!("{own}-{round}");
+            let other = format!("{other}-{round}");
             match store.commit(relying((&other, 0), (&own, 0))).await {
                 Ok(_) => left += 1,
                 Err(CommitError::Conflict { .. }) => {}
@@ -142,7 +144,8 @@ async fn one_of_two_commits_relying_on_absence_succeeds_between_processes() {
             let mut writers = JoinSet::new();
             let barrier = Arc::new(Barrier::new(2));
             for (store, commit) in stores.iter().zip(commits) {
-                let (store, barrier) = (store.clone(), barrier.clone());
+                let store = store.clone();
+                let barrier = barrier.clone();
                 writers.spawn(async move {
                     barrier.wait().await;
                     store.commit(commit).await

@@ -88,7 +88,8 @@ async fn until(views: &Views<Totals>, owner: &str, expected: Total) {
 #[tokio::test]
 async fn views_follow_the_log_and_survive_a_restart() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let (accounts, views) = (Repository::new(store.clone()), Views::<Totals>::new(store.clone()));
+    let accounts = Repository::new(store.clone());
+    let views = Views::<Totals>::new(store.clone());
     let first = runtime(&store, projection(1)).await;
     deposit(&accounts, 30).await;
     until(&views, "ada", Total { amount: 100, deposits: 10 }).await;
@@ -115,7 +116,8 @@ async fn views_show_a_command_once_they_have_reached_its_position() {
         let accounts = Repository::<Account>::new(store.clone());
         let views = Views::<Totals>::new(store.clone());
         let patience = Duration::from_secs(20);
-        let (first, request) = (("ada".to_owned(), 10), Uuid::new_v4());
+        let first = ("ada".to_owned(), 10);
+        let request = Uuid::new_v4();
         let decided = accounts.execute("1", first.clone(), request).await.unwrap();
         assert_eq!((decided.version, decided.repeated), (Version(1), false));
         let position = decided.position.unwrap();
@@ -143,7 +145,8 @@ async fn views_show_a_command_once_they_have_reached_its_position() {
 #[tokio::test]
 async fn a_rebuild_leaves_the_live_views_alone_until_it_swaps() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let (accounts, views) = (Repository::new(store.clone()), Views::<Totals>::new(store.clone()));
+    let accounts = Repository::new(store.clone());
+    let views = Views::<Totals>::new(store.clone());
     let old = runtime(&store, projection(1)).await;
     deposit(&accounts, 30).await;
     until(&views, "ada", Total { amount: 100, deposits: 10 }).await;
@@ -164,7 +167,8 @@ async fn a_rebuild_leaves_the_live_views_alone_until_it_swaps() {
 #[tokio::test]
 async fn running_projection_switches_when_views_are_swapped() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let (accounts, views) = (Repository::new(store.clone()), Views::<Totals>::new(store.clone()));
+    let accounts = Repository::new(store.clone());
+    let views = Views::<Totals>::new(store.clone());
     let running = runtime(&store, projection(1)).await;
     deposit(&accounts, 30).await;
     until(&views, "ada", Total { amount: 100, deposits: 10 }).await;

@@ -98,7 +98,8 @@ mod specification {
 
     #[test]
     fn a_paid_order_is_refunded_when_it_is_cancelled() {
-        let (refunded, reason) = (OrderEvent::Refunded { receipt: "r1".into() }, "too late".into());
+        let refunded = OrderEvent::Refunded { receipt: "r1".into() };
+        let reason = "too late".into();
         let wanted = vec![refunded, OrderEvent::Cancelled { reason }];
         let history = [placed(), paid()];
         assert_eq!(after(&history).decide(&cancel()), Ok(wanted.clone()));

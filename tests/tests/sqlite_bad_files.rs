@@ -95,7 +95,8 @@ async fn store_of_a_newer_build_is_refused() {
 /// A newer build was killed while it had the file open. Only that newer build may recover the log next to the file.
 #[tokio::test]
 async fn store_that_a_newer_build_left_uncleanly_is_refused() {
-    let (folder, copies) = (folder(), folder());
+    let copies = folder();
+    let folder = folder();
     let path = folder.path().join("annals.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
     let mut connection = connect(&path).await;
@@ -221,7 +222,8 @@ async fn many_processes_can_open_a_new_file_at_once() {
 #[tokio::test]
 async fn file_with_two_names_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let (path, other) = (folder.path().join("a.db"), folder.path().join("b.db"));
+    let path = folder.path().join("a.db");
+    let other = folder.path().join("b.db");
     SqliteStore::open(&path).await.unwrap().close().await.unwrap();
     std::fs::hard_link(&path, &other).unwrap();
     for name in [&path, &other] {

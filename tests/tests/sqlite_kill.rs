@@ -151,7 +151,9 @@ fn run_and_kill(file: &Path, after: u64) -> Vec<(usize, i64, i64)> {
     let mut acknowledged = Vec::new();
     let mut read = |line: String| {
         let mut words = line.strip_prefix("committed ")?.split(' ').map(|word| word.parse::<i64>().unwrap());
-        let (writer, round, position) = (words.next()?, words.next()?, words.next()?);
+        let writer = words.next()?;
+        let round = words.next()?;
+        let position = words.next()?;
         acknowledged.push((writer as usize, round, position));
         Some(())
     };

@@ -67,7 +67,8 @@ fn commits_until_it_may_not() {
 
 async fn until_no_space(file: &Path) {
     let store = SqliteStore::open(file).await.unwrap();
-    let (mut held, mut failures_in_a_row) = (0, 0);
+    let mut held = 0;
+    let mut failures_in_a_row = 0;
     // A failure may free some space, because the log next to the file is truncated. In the end, nothing is left to
     // free.
     while failures_in_a_row < 5 {

@@ -29,7 +29,8 @@ fn commit(stream: &str, count: usize) -> Commit {
 
 /// Reads everything from the start, page by page, until the end of the log.
 async fn read_all(store: &SqliteStore, query: &LogQuery) -> (Vec<i64>, Position) {
-    let (mut positions, mut after) = (Vec::new(), Position::START);
+    let mut positions = Vec::new();
+    let mut after = Position::START;
     loop {
         let page = store.read_log(query, after, 2).await.unwrap();
         if page.next == after {

@@ -39,7 +39,8 @@ async fn tail_reports_foreign_commits_before_reading_them() {
         events: (0..EVENTS).map(event).collect(),
     };
     store.commit(annals::Commit { appends: vec![append], puts: Vec::new() }).await.unwrap();
-    let (mut seen, mut after) = (0, Position::START);
+    let mut seen = 0;
+    let mut after = Position::START;
     loop {
         let page = tail.read_log(&LogQuery::all(), after, 2 * EVENTS).await.unwrap();
         (seen, after) = (seen + page.events.len(), page.next);

@@ -172,7 +172,8 @@ async fn herd(world: &World, store: &Arc<dyn EventStore>) {
 
 /// Returns the time at which each saga gave up on its step, in order.
 async fn given_up(store: &Arc<dyn EventStore>) -> Vec<(String, DateTime<Utc>)> {
-    let (mut found, mut after) = (Vec::new(), Position::START);
+    let mut found = Vec::new();
+    let mut after = Position::START;
     loop {
         let page = store.read_log(&LogQuery::types(["saga.timed"]), after, 1_000).await.unwrap();
         if page.next == after {
@@ -203,7 +204,8 @@ async fn backlog_delays_no_other(store: Arc<dyn EventStore>) {
     assert_eq!((times.len(), fired.len()), (HERD + 1, HERD + 1), "each once");
     let started = world.history("fresh").await[0].recorded_at;
     let (_, fresh) = fired.iter().find(|(id, _)| id == "fresh").unwrap();
-    let (last, waited) = (fired.last().unwrap().1 - started, *fresh - started);
+    let last = fired.last().unwrap().1 - started;
+    let waited = *fresh - started;
     println!("the fresh one after {waited}, the last one after {last}");
     // On a slow machine, all timers take longer. If the new timer had to wait for the backlog, it would be one of the
     // last timers to fire.

@@ -68,9 +68,10 @@ fn headers(row: &sqlx::postgres::PgRow, source: &str) -> Result<OwnedHeaders, Fa
     let metadata: annals::Metadata = serde_json::from_str(row.try_get("metadata")?)?;
     let time = recorded_at.to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
     let id = row.try_get::<Uuid, _>("event_id")?.to_string();
-    let (correlation, causation) = (metadata.correlation_id.to_string(), metadata.causation_id.to_string());
-    let (position, version) =
-        (row.try_get::<i64, _>("position")?.to_string(), row.try_get::<i64, _>("version")?.to_string());
+    let correlation = metadata.correlation_id.to_string();
+    let causation = metadata.causation_id.to_string();
+    let position = row.try_get::<i64, _>("position")?.to_string();
+    let version = row.try_get::<i64, _>("version")?.to_string();
     let pairs = [
         ("ce_specversion", "1.0"),
         ("ce_id", &id),
@@ -95,7 +96,8 @@ pub async fn relay(url: &str, brokers: &str, topic: &str) -> Result<Measured, Fa
     let mut connection = PgConnection::connect(url).await?;
     let taken = Taken::default();
     let producer = producer(brokers, &taken)?;
-    let (mut count, started) = (0, Instant::now());
+    let mut count = 0;
+    let started = Instant::now();
     {
         let mut rows = sqlx::query(
             "SELECT position, stream_id, version, event_id, type, data::text, metadata::text, recorded_at
@@ -155,9 +157,12 @@ pub async fn consume(
     let mut connection = PgConnection::connect(url).await?;
     let consumer = consumer(brokers, topic, partitions, Offset::Beginning)?;
     let run = Uuid::new_v4().simple().to_string();
-    let (mut done, started) = (0, Instant::now());
+    let mut done = 0;
+    let started = Instant::now();
     while done < count {
-        let (mut streams, mut ids, mut data) = (Vec::new(), Vec::new(), Vec::new());
+        let mut streams = Vec::new();
+        let mut ids = Vec::new();
+        let mut data = Vec::new();
         while streams.len() < UNNEST_ROWS.min(count - done) {
             // Blocking is fine here, because the thread has nothing else to do.
             let Some(record) = consumer.poll(Duration::from_secs(10)) else { return Err("no more messages".into()) };
@@ -202,7 +207,8 @@ pub async fn hop(url: &str, brokers: &str, topic: &str, partitions: u32, count: 
         there = consumer.poll(Duration::from_millis(500)).transpose()?.is_some();
     }
     while consumer.poll(Duration::from_millis(500)).transpose()?.is_some() {}
-    let (mut latency, started) = (histogram()?, Instant::now());
+    let mut latency = histogram()?;
+    let started = Instant::now();
     for _ in 0..count {
         let asked = Instant::now();
         let stream = |side| format!("{side}-{}", Uuid::now_v7().simple());

@@ -51,7 +51,8 @@ pub async fn relay(url: &str, bus: Arc<KafkaBus>, service: &str) -> Result<Measu
     let count: i64 = store.status().await?.head.0;
     let mut routes = Routes::of(service);
     routes.publish("order");
-    let (shutdown, port): (_, Arc<dyn EventStore>) = (CancellationToken::new(), Arc::new(store.clone()));
+    let shutdown = CancellationToken::new();
+    let port: Arc<dyn EventStore> = Arc::new(store.clone());
     let publisher: Arc<dyn Publisher> = bus;
     let started = Instant::now();
     let relay = tokio::spawn(Relay::new(routes).run(port, publisher, Health::default(), shutdown.clone()));
@@ -116,7 +117,8 @@ pub async fn consume(
 /// Measures the time from a command in one service until its effect is committed in another service, one command at a
 /// time.
 pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> Result<Measured, Failure> {
-    let (here, there) = (store(url, "annals_here").await?, store(url, "annals_there").await?);
+    let here = store(url, "annals_here").await?;
+    let there = store(url, "annals_there").await?;
     // Uses a tail, as services do, so that the service does not read its own commits from the store.
     let from: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(here.clone())).await?);
     let to: Arc<dyn EventStore> = Arc::new(Tail::follow(Arc::new(there.clone())).await?);
@@ -131,7 +133,8 @@ pub async fn hop(url: &str, bus: Arc<KafkaBus>, service: &str, count: usize) -> 
     runtime.start(services, port).await?;
     let counters = Repository::<Counter>::new(from);
     let mut after = there.status().await?.head;
-    let (mut latency, mut started) = (histogram()?, Instant::now());
+    let mut latency = histogram()?;
+    let mut started = Instant::now();
     // The first commands warm up connections and topics.
     let cold = 20;
     for number in 0..cold + count {

@@ -66,7 +66,9 @@ async fn all<A: Aggregate>(
 where
     A::Command: Send,
 {
-    let (count, mut latency, repository) = (commands.len(), histogram()?, repository.clone());
+    let count = commands.len();
+    let mut latency = histogram()?;
+    let repository = repository.clone();
     let (took, elapsed) = clients::all(commands, in_flight, move |(id, command)| {
         let repository = repository.clone();
         async move {
@@ -133,7 +135,8 @@ pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, F
 /// Replays the whole log as typed events.
 pub async fn replay(url: &str) -> Result<Measured, Failure> {
     let store = open(url).await?;
-    let (mut count, started) = (0, Instant::now());
+    let mut count = 0;
+    let started = Instant::now();
     let mut replayed = store.replay_as::<OrderEvent>(Replay::all());
     while let Some(event) = replayed.try_next().await? {
         std::hint::black_box(event);
@@ -148,7 +151,9 @@ pub async fn replay(url: &str) -> Result<Measured, Failure> {
 /// Reads the same events page by page through the store's trait, and decodes them in the reader's task.
 pub async fn paged(url: &str) -> Result<Measured, Failure> {
     let store = open(url).await?;
-    let (mut count, mut after, started) = (0, Position::START, Instant::now());
+    let mut count = 0;
+    let mut after = Position::START;
+    let started = Instant::now();
     loop {
         let page = store.read_log(&LogQuery::all(), after, 10_000).await?;
         if page.next == after {
@@ -185,7 +190,8 @@ pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Meas
     let store = open(url).await?;
     let listening = if far { open(url).await? } else { store.clone() };
     let heard = Arc::new(Vec::from_iter((0..count).map(|_| OnceLock::new())));
-    let (health, shutdown) = (Health::default(), CancellationToken::new());
+    let health = Health::default();
+    let shutdown = CancellationToken::new();
     let subscription = Subscription::new(&format!("heard.{run}"), Heard(heard.clone()))
         .query(LogQuery::categories([Counter::CATEGORY]))
         .start(Start::Now);
@@ -199,11 +205,14 @@ pub async fn heard(url: &str, run: &str, count: usize, far: bool) -> Result<Meas
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));
     let mut tick = interval(Duration::from_millis(1));
     tick.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    let (started, mut asked, mut commands) = (Instant::now(), Vec::with_capacity(count), Vec::with_capacity(count));
+    let started = Instant::now();
+    let mut asked = Vec::with_capacity(count);
+    let mut commands = Vec::with_capacity(count);
     for _ in 0..count {
         tick.tick().await;
         asked.push(Instant::now());
-        let (repository, run) = (repository.clone(), run.to_owned());
+        let repository = repository.clone();
+        let run = run.to_owned();
         commands.push(tokio::spawn(async move { repository.execute(&run, 1, Uuid::new_v4()).await.map(drop) }));
     }
     for command in commands {

@@ -77,7 +77,8 @@ async fn drain<T: Send + 'static>(
     for _ in 0..connections {
         open.push(PgConnection::connect(url).await?);
     }
-    let (mut workers, started) = (JoinSet::new(), Instant::now());
+    let mut workers = JoinSet::new();
+    let started = Instant::now();
     for mut connection in open {
         let work = work.clone();
         workers.spawn(async move {
@@ -91,7 +92,8 @@ async fn drain<T: Send + 'static>(
             }
         });
     }
-    let (mut latency, mut open) = (histogram()?, Vec::new());
+    let mut latency = histogram()?;
+    let mut open = Vec::new();
     while let Some(worker) = workers.join_next().await {
         let (connection, of_worker) = worker??;
         latency.add(of_worker)?;
@@ -118,7 +120,8 @@ struct Placed {
 /// Runs `COPY … BINARY` of the whole log, and decodes each payload with serde.
 pub async fn copy(url: &str) -> Result<Measured, Failure> {
     let mut connection = PgConnection::connect(url).await?;
-    let (mut count, started) = (0, Instant::now());
+    let mut count = 0;
+    let started = Instant::now();
     let mut copied = connection
         .copy_out_raw(
             "COPY (SELECT position, stream_id, version, type, schema_version, data, recorded_at

@@ -23,7 +23,8 @@ pub fn orders(run: &str, count: usize) -> Vec<(String, OrderCommand)> {
     let placed = generate(count as u64, 1).filter_map(|invoice| match invoice {
         Invoice::Order { id, customer, lines } => {
             let line = |line: input::Line| Line { sku: line.sku, quantity: line.quantity, unit_price: line.unit_price };
-            let (order_id, lines) = (format!("{run}.{id}"), lines.into_iter().map(line).collect());
+            let order_id = format!("{run}.{id}");
+            let lines = lines.into_iter().map(line).collect();
             Some((order_id.clone(), OrderCommand::Place { order_id, customer, lines, card: Default::default() }))
         }
         Invoice::Return { .. } | Invoice::Adjustment { .. } => None,

@@ -95,7 +95,8 @@ pub fn records(brokers: &str) -> Result<Vec<OwnedMessage>, Failure> {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("group.id", "bare").set("enable.auto.commit", "false");
     let consumer: BaseConsumer = config.create()?;
-    let (mut list, mut left) = (TopicPartitionList::new(), 0);
+    let mut list = TopicPartitionList::new();
+    let mut left = 0;
     for topic in ROLES.iter().flat_map(|role| ["events", "commands"].map(|kind| format!("{role}.{kind}"))) {
         let metadata = consumer.fetch_metadata(Some(&topic), PATIENCE)?;
         for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
@@ -120,7 +121,8 @@ pub fn messages_note(records: &[OwnedMessage], sagas: usize) -> String {
         let headers: usize = headers.map(|header| header.key.len() + header.value.map_or(0, <[u8]>::len)).sum();
         record.key().map_or(0, <[u8]>::len) + record.payload().map_or(0, <[u8]>::len) + headers
     };
-    let (count, bytes) = (records.len() as f64, records.iter().map(bytes).sum::<usize>() as f64);
+    let count = records.len() as f64;
+    let bytes = records.iter().map(bytes).sum::<usize>() as f64;
     let sagas = sagas as f64;
     format!("a saga over four processes: {:.1} messages, {:.1} kB uncompressed", count / sagas, bytes / sagas / 1_024.0)
 }

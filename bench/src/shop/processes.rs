@@ -104,7 +104,8 @@ impl Processes {
             child.wait()?;
         }
         // The summary contains only three quantiles of the distribution.
-        let (mut latency, Quantiles { p50, p95, p99 }) = (histogram()?, summary.latency_ms);
+        let mut latency = histogram()?;
+        let Quantiles { p50, p95, p99 } = summary.latency_ms;
         for (ms, share) in [(p50, 60), (p95, 38), (p99, 2)] {
             latency.record_n((ms * 1_000.0) as u64, share)?;
         }

@@ -44,7 +44,8 @@ pub fn size(brokers: &str, topic: &str) -> i64 {
 /// Returns all messages of a topic, by partition and offset.
 pub fn all(brokers: &str, topic: &str) -> Vec<Record> {
     let consumer = client(brokers);
-    let (mut list, mut left) = (TopicPartitionList::new(), 0);
+    let mut list = TopicPartitionList::new();
+    let mut left = 0;
     for (partition, (low, high)) in ranges(&consumer, topic).unwrap().into_iter().enumerate() {
         list.add_partition_offset(topic, partition as i32, Offset::Offset(low)).unwrap();
         left += high - low;

@@ -97,7 +97,8 @@ impl Member {
 
     /// Returns the first `count` distinct messages.
     pub async fn collect(&mut self, count: usize) -> Vec<Delivery> {
-        let (mut ids, mut all) = (BTreeSet::new(), Vec::new());
+        let mut ids = BTreeSet::new();
+        let mut all = Vec::new();
         while all.len() < count {
             let polled = within("poll", self.consumer.poll(count - all.len())).await;
             all.extend(self.take(polled).await.into_iter().filter(|delivery| ids.insert(read(delivery).id)));
@@ -145,7 +146,8 @@ impl Ledger {
     /// Records deliveries. Returns an error if a message is neither the next message of its key nor a repeat.
     pub fn enter(&mut self, deliveries: &[Delivery]) -> Result<(), String> {
         for message in deliveries.iter().map(read) {
-            let (number, latest) = (message.version.0, self.latest.entry(message.key.clone()).or_default());
+            let number = message.version.0;
+            let latest = self.latest.entry(message.key.clone()).or_default();
             if number > *latest + 1 {
                 return Err(format!("message {number} of key {} came after {latest}", message.key));
             }
@@ -200,7 +202,8 @@ pub(super) struct Crew {
 impl Crew {
     pub(super) async fn start(&self, member: usize) -> impl AsyncFnOnce() {
         let Member { mut consumer, .. } = Member::join(&*self.bus, "crew", &self.topic).await;
-        let (roll, (stop, mut stopped)) = (self.roll.clone(), oneshot::channel());
+        let roll = self.roll.clone();
+        let (stop, mut stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
             loop {
                 let polled = tokio::select! {

@@ -190,8 +190,10 @@ pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
 pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();
-    let (events, other) = (numbered(2), Uuid::new_v4());
-    let (first, second) = (events[0].id, events[1].id);
+    let events = numbered(2);
+    let other = Uuid::new_v4();
+    let first = events[0].id;
+    let second = events[1].id;
     store.commit(appending([append("a-1", at(0), events)])).await.unwrap();
     let expect = |version, id| Expected::Event { version: Version(version), id };
     for (expected, count) in
@@ -211,12 +213,14 @@ pub async fn expected_event_is_compared_by_its_id<T: StoreUnderTest>() {
     assert!(store.read_stream(&stream("b-1"), Version::START, 1).await.unwrap().is_empty());
     store.commit(appending([append("a-1", expect(2, second), vec![])])).await.unwrap();
     let third = numbered(1);
-    let (third_id, another) = (third[0].id, appending([append("never-1", expect(1, other), numbered(1))]));
+    let third_id = third[0].id;
+    let another = appending([append("never-1", expect(1, other), numbered(1))]);
     store.commit(appending([append("a-1", expect(2, second), third)])).await.unwrap();
     assert_conflict(store.commit(another).await, "never-1", 1, 0);
     // Many commits run at once. Some of them depend on appends of other commits in the same group.
     let racing = (0..40).map(|number| {
-        let (store, id) = (store.clone(), if number % 2 == 0 { third_id } else { other });
+        let store = store.clone();
+        let id = if number % 2 == 0 { third_id } else { other };
         async move { store.commit(appending([append("a-1", expect(3, id), numbered(1))])).await }
     });
     let outcomes = futures::future::join_all(racing).await;

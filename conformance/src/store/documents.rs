@@ -111,7 +111,8 @@ pub async fn scan_returns_byte_order<T: StoreUnderTest>() {
     let all = store.scan("c", &Scan::After("".into()), 100).await.unwrap();
     assert_eq!(ids(&all), in_order);
     for limit in [1, 4, in_order.len()] {
-        let (mut seen, mut after) = (Vec::new(), Arc::from(""));
+        let mut seen = Vec::new();
+        let mut after = Arc::from("");
         loop {
             let page = store.scan("c", &Scan::After(after), limit).await.unwrap();
             assert!(page.len() <= limit);
@@ -190,7 +191,8 @@ pub async fn due_is_kept_to_the_microsecond<T: StoreUnderTest>() {
     for (number, (seconds, given, kept)) in times.into_iter().enumerate() {
         let time = |nanoseconds| DateTime::from_timestamp(seconds, nanoseconds).unwrap();
         let timer = Put { due: Some(time(given)), ..put(&key(&format!("timer{number}"), "t"), None, Some("{}")) };
-        let (collection, timer_key) = (timer.key.collection.clone(), timer.key.clone());
+        let collection = timer.key.collection.clone();
+        let timer_key = timer.key.clone();
         store.commit(putting([timer])).await.unwrap();
         let due = store.documents(&[timer_key]).await.unwrap()[0].as_ref().unwrap().due;
         assert_eq!(due, Some(time(kept)));
@@ -243,7 +245,8 @@ pub async fn documents_become_visible_with_the_events_of_their_commit<T: StoreUn
     let store = under_test.store();
     let keys = [key("count", "one"), key("count", "other")];
     let writing = {
-        let (store, keys) = (store.clone(), keys.clone());
+        let store = store.clone();
+        let keys = keys.clone();
         tokio::spawn(async move {
             for done in 0..COMMITS {
                 let puts = keys.iter().map(|key| put(key, Some(done), Some(&(done + 1).to_string()))).collect();
@@ -264,7 +267,9 @@ pub async fn documents_become_visible_with_the_events_of_their_commit<T: StoreUn
     let mut seen = 0;
     while seen < COMMITS {
         let all_returned = writing.is_finished();
-        let (first, second, third) = (counted().await, appended().await, counted().await);
+        let first = counted().await;
+        let second = appended().await;
+        let third = counted().await;
         assert!(first <= second && second <= third, "counted {first}, then {second} events, then counted {third}");
         assert!(!all_returned || first == COMMITS, "the last commit must be visible once it returned");
         seen = first;

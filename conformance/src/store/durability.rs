@@ -15,7 +15,8 @@ pub async fn everything_survives_reopening<T: Durable>() {
     let puts = (0..300).map(|number| put(&key("note", &format!("{number:03}")), Some(0), Some("\"é\""))).collect();
     store.commit(Commit { appends: vec![append("a-1", at(0), events)], puts }).await.unwrap();
     store.commit(putting([put(&key("note", "007"), Some(1), None)])).await.unwrap();
-    let (log, status) = (whole_log(&*store).await, store.status().await.unwrap());
+    let log = whole_log(&*store).await;
+    let status = store.status().await.unwrap();
     let documents = store.scan("note", &Scan::After("".into()), 1_000).await.unwrap();
     assert_eq!((log.len(), documents.len()), (ODD_PAYLOADS.len(), 299));
     drop(store);

@@ -17,7 +17,8 @@ pub async fn pages_follow_each_other_in_order<T: StoreUnderTest>() {
     let all = whole_log(&*store).await;
     assert_eq!(all.len(), 70);
     for limit in [1, 3, 10, 69, 70, 71, 1_000, usize::MAX] {
-        let (mut seen, mut after) = (Vec::new(), Position::START);
+        let mut seen = Vec::new();
+        let mut after = Position::START;
         loop {
             let page = store.read_log(&LogQuery::all(), after, limit).await.unwrap();
             assert!(page.events.len() <= limit);
@@ -66,7 +67,8 @@ pub async fn query_skips_other_events_and_advances<T: StoreUnderTest>() {
         let expected = all.iter().filter(|event| query.matches(event)).cloned().collect::<Vec<_>>();
         assert_eq!(expected.len(), count, "{query:?}");
         for limit in [1, 7, 1_000] {
-            let (mut seen, mut after) = (Vec::new(), Position::START);
+            let mut seen = Vec::new();
+            let mut after = Position::START;
             loop {
                 let page = store.read_log(&query, after, limit).await.unwrap();
                 assert!(page.events.len() <= limit);
@@ -94,7 +96,8 @@ pub async fn page_reports_whether_it_is_the_last<T: StoreUnderTest>() {
     let everything = (LogQuery::all(), 25_001);
     for (query, count) in [everything, (LogQuery::categories(["one"]), 1), (LogQuery::categories(["none"]), 0)] {
         for limit in [1_000, 100_000] {
-            let (mut seen, mut after) = (0, Position::START);
+            let mut seen = 0;
+            let mut after = Position::START;
             loop {
                 let page = store.read_log(&query, after, limit).await.unwrap();
                 (seen, after) = (seen + page.events.len(), page.next);
@@ -206,7 +209,8 @@ pub async fn a_tailing_reader_sees_every_event_once_and_in_order<T: StoreUnderTe
 }
 
 async fn follow(store: &dyn EventStore, count: usize) -> Vec<Arc<Recorded>> {
-    let (mut seen, mut after) = (Vec::new(), Position::START);
+    let mut seen = Vec::new();
+    let mut after = Position::START;
     while seen.len() < count {
         let page = store.read_log(&LogQuery::all(), after, 17).await.unwrap();
         if page.next == after {

@@ -107,12 +107,14 @@ impl Schemas {
                 logged.fetch_all(&mut self.connection().await).await.unwrap().into_iter().collect();
             let started = Instant::now();
             loop {
-                let (brokers, name) = (broker.address(), format!("{role}.events"));
+                let brokers = broker.address();
+                let name = format!("{role}.events");
                 let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
                 let found = in_order(&records);
                 // The relay may not have sent all messages yet.
                 if found.len() >= logged.len() || started.elapsed() > PATIENCE {
-                    let (in_topic, in_log) = (found.len(), logged.len());
+                    let in_topic = found.len();
+                    let in_log = logged.len();
                     assert!(found == logged, "{role}: {in_topic} in the topic, {in_log} in the log");
                     println!("{role}: {in_log} events, {} of them sent again", records.len() - in_topic);
                     break;
@@ -134,10 +136,12 @@ impl Schemas {
             rows.into_iter().for_each(|(id, to)| _ = said.entry(to).or_default().insert(id));
         }
         for (to, said) in said {
-            let (brokers, name) = (broker.address(), format!("{to}.commands"));
+            let brokers = broker.address();
+            let name = format!("{to}.commands");
             let started = Instant::now();
             loop {
-                let (brokers, name) = (brokers.clone(), name.clone());
+                let brokers = brokers.clone();
+                let name = name.clone();
                 let records = spawn_blocking(move || topic::read(&brokers, &name)).await.unwrap();
                 let found: BTreeSet<Uuid> = records.iter().map(topic::Record::id).collect();
                 let missing: Vec<_> = said.difference(&found).collect();
@@ -180,9 +184,11 @@ pub fn end(shop: impl IntoIterator<Item = Serving>) {
 /// Returns the id, stream and version of each event in a topic, without repeats. Asserts that the first copies of each
 /// stream's events are in one partition and in order.
 fn in_order(records: &[topic::Record]) -> BTreeSet<(Uuid, String, i64)> {
-    let (mut found, mut last) = (BTreeSet::new(), HashMap::new());
+    let mut found = BTreeSet::new();
+    let mut last = HashMap::new();
     for record in records {
-        let (stream, version) = (record.text_key(), record.header("ce_streamversion").unwrap().parse().unwrap());
+        let stream = record.text_key();
+        let version = record.header("ce_streamversion").unwrap().parse().unwrap();
         if found.insert((record.id(), stream.to_owned(), version)) {
             let before = last.insert(stream, (record.partition, version)).unwrap_or((record.partition, 0));
             assert_eq!((record.partition, version - 1), before, "{stream} is out of order");

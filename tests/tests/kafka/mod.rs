@@ -168,13 +168,15 @@ impl Pair {
 
     /// Returns the whole topic, read by a plain consumer.
     pub async fn records(&self) -> Vec<Record> {
-        let (brokers, topic) = (self.brokers.clone(), self.topic());
+        let brokers = self.brokers.clone();
+        let topic = self.topic();
         spawn_blocking(move || topic::read(&brokers, &topic)).await.unwrap()
     }
 
     /// Returns the number of records in the topic.
     pub async fn sent(&self) -> i64 {
-        let (brokers, topic) = (self.brokers.clone(), self.topic());
+        let brokers = self.brokers.clone();
+        let topic = self.topic();
         spawn_blocking(move || topic::count(&brokers, &topic)).await.unwrap()
     }
 
@@ -200,7 +202,8 @@ impl Pair {
     async fn settled(&self) -> (Vec<Stored>, Vec<Record>) {
         let mut sql = self.sql().await;
         self.handled(&mut sql).await;
-        let (stored, records) = (sql.stored().await, self.records().await);
+        let stored = sql.stored().await;
+        let records = self.records().await;
         sql.assert_copied(&stored).await;
         assert_eq!(sql.dead_letters().await, [], "nothing is parked");
         self.caught_up(&mut sql).await;
@@ -244,7 +247,8 @@ impl Pair {
 
     /// Waits until relay and consumer have reached the ends of log and topic.
     pub async fn caught_up(&self, sql: &mut Sql) {
-        let (brokers, topic) = (self.brokers.clone(), self.topic());
+        let brokers = self.brokers.clone();
+        let topic = self.topic();
         let ends = spawn_blocking(move || topic::ends(&brokers, &topic)).await.unwrap();
         let written = ends.into_iter().filter(|(_, (first, next))| first < next);
         let expected: BTreeMap<String, i64> =

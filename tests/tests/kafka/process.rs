@@ -89,7 +89,8 @@ fn say(word: &str) {
 impl Task {
     async fn run(self) {
         let point = Arc::new(Reached { point: self.point, left: AtomicU32::new(self.passes) });
-        let (pair, lanes) = (&self.pair, self.lanes);
+        let pair = &self.pair;
+        let lanes = self.lanes;
         let store = match self.role {
             Role::Relay => pair.source_store().await,
             Role::Consumer => pair.sink_store().await,

@@ -108,7 +108,8 @@ pub fn read(brokers: &str, topic: &str) -> Vec<Record> {
         list.add_partition_offset(topic, *partition, Offset::Beginning).unwrap();
     }
     consumer.assign(&list).unwrap();
-    let (mut records, started_at) = (Vec::new(), Instant::now());
+    let mut records = Vec::new();
+    let started_at = Instant::now();
     while !waiting.is_empty() {
         match consumer.poll(PATIENCE) {
             Some(Ok(message)) => {

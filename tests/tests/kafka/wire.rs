@@ -33,7 +33,9 @@ pub fn send(broker: &str, topic: &str, key: &[u8], value: &[u8], header: &[u8]) 
     let topic_name = [&(topic.len() as i16).to_be_bytes()[..], topic.as_bytes()].concat();
     let one = 1i32.to_be_bytes();
     let produce_version_7 = [0, 0, 0, 7, 0, 0, 0, 1, 0xff, 0xff];
-    let (no_transaction, all, ten_seconds) = ([0xff; 2], [0xff; 2], 10_000i32.to_be_bytes());
+    let no_transaction = [0xff; 2];
+    let all = [0xff; 2];
+    let ten_seconds = 10_000i32.to_be_bytes();
     let size = (batch.len() as i32).to_be_bytes();
     let request = [
         &produce_version_7[..],

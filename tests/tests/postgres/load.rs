@@ -56,7 +56,8 @@ impl Load {
     /// Starts a load on a store. One reader uses that store; another reader opens a new store at the URL again and
     /// again.
     pub fn start(store: &PostgresStore, url: &str, settings: &Settings, writers: usize) -> Self {
-        let ((stop, stopped), (written, all_written)) = (watch::channel(false), watch::channel(false));
+        let (stop, stopped) = watch::channel(false);
+        let (written, all_written) = watch::channel(false);
         let acknowledged = Arc::<AtomicU64>::default();
         let writers = (0..writers)
             .map(|number| write(store.clone(), format!("load-{number}"), stopped.clone(), acknowledged.clone()))
@@ -129,7 +130,8 @@ async fn write(
     let mut promise = Promise { name, standing: 0, unknown: 0, unavailable: 0 };
     while !*stopped.borrow() {
         let mut commit = append(&promise.name, promise.standing, 2);
-        let (key, expected) = (DocumentKey::new("load", &*promise.name), Some(promise.standing / 2));
+        let key = DocumentKey::new("load", &*promise.name);
+        let expected = Some(promise.standing / 2);
         commit.puts.push(Put { key, expected, body: Some("{}".into()), due: None });
         let mut sent_before = false;
         loop {
@@ -158,7 +160,8 @@ async fn follow(
     settings: Settings,
     written: watch::Receiver<bool>,
 ) -> Vec<i64> {
-    let (mut seen, mut after) = (Vec::new(), Position::START);
+    let mut seen = Vec::new();
+    let mut after = Position::START;
     loop {
         let store = match &own {
             Some(own) => own.clone(),

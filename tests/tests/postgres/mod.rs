@@ -158,7 +158,8 @@ pub async fn whole_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
 
 /// Returns the log up to the first gap that a writer may still fill.
 pub async fn readable_log(store: &PostgresStore) -> Vec<Arc<Recorded>> {
-    let (mut all, mut after) = (Vec::new(), Position::START);
+    let mut all = Vec::new();
+    let mut after = Position::START;
     loop {
         let page = store.read_log(&LogQuery::all(), after, 100).await.unwrap();
         if page.next == after {

@@ -34,7 +34,8 @@ impl Pooler {
     /// configuration.
     pub async fn start(sessions: u32, more: &str) -> Self {
         let server = url().parse::<PgConnectOptions>().unwrap().to_url_lossy();
-        let (host, port) = (server.host_str().unwrap(), server.port().unwrap_or(5432));
+        let host = server.host_str().unwrap();
+        let port = server.port().unwrap_or(5432);
         let password = server.password().map(|password| format!("password={password}")).unwrap_or_default();
         let folder = tempfile::tempdir().unwrap();
         if let Some((user, group)) = postgres_user() {

@@ -24,12 +24,14 @@ impl VirtualAddress {
     pub async fn of(server: &Server) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (target, cuts) = (watch::Sender::new(server.port()), watch::Sender::new(0));
+        let target = watch::Sender::new(server.port());
+        let cuts = watch::Sender::new(0);
         let address = Self { port, target: Arc::new(target), cuts: Arc::new(cuts) };
         let of_task = address.clone();
         tokio::spawn(async move {
             while let Ok((mut client, _)) = listener.accept().await {
-                let (target, mut cut) = (*of_task.target.borrow(), of_task.cuts.subscribe());
+                let target = *of_task.target.borrow();
+                let mut cut = of_task.cuts.subscribe();
                 tokio::spawn(async move {
                     // Either side may close the connection at any time.
                     let Ok(mut server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
