@@ -57,3 +57,43 @@ pub fn collection<'a>(
     });
     pages.try_flatten().boxed()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        commit::{Append, Commit, DocumentKey, Expected, Put},
+        event::{Metadata, NewEvent},
+        store::memory::MemoryStore,
+    };
+
+    fn event() -> NewEvent {
+        let id = Uuid::new_v4();
+        let data = "{}".into();
+        NewEvent { id, type_name: "tally.added".into(), schema_version: 1, data, metadata: Metadata::of_request(id) }
+    }
+
+    fn put(number: usize) -> Put {
+        let key = DocumentKey::new("numbers", format!("{number:04}"));
+        Put { key, expected: Some(0), body: Some("{}".into()), due: None }
+    }
+
+    #[tokio::test]
+    async fn all_pages_are_read_once_each() {
+        for count in [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE] {
+            let store = MemoryStore::new();
+            let stream = StreamId::new("tally", "1").unwrap();
+            let events = (0..count).map(|_| event()).collect();
+            let append = Append { stream: stream.clone(), expected: Expected::Any, events };
+            store.commit(Commit { appends: vec![append], puts: (0..count).map(put).collect() }).await.unwrap();
+            let versions = history(&store, &stream, Version::START).map_ok(|event| event.version.0);
+            assert_eq!(versions.try_collect::<Vec<_>>().await.unwrap(), (1..=count as i64).collect::<Vec<_>>());
+            let ids = collection(&store, "numbers", "").map_ok(|document| document.key.id.parse::<usize>().unwrap());
+            assert_eq!(ids.try_collect::<Vec<_>>().await.unwrap(), (0..count).collect::<Vec<_>>());
+        }
+    }
+}
