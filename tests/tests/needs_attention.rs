@@ -277,7 +277,8 @@ async fn handler_that_blocks_its_thread_is_named_and_aborted() {
             .then_some(())
     })
     .await;
-    let error = runtime.drain(Duration::from_millis(200)).await.unwrap_err();
+    // The limit leaves every other part enough time to stop.
+    let error = runtime.drain(Duration::from_secs(5)).await.unwrap_err();
     assert!(error.to_string().contains("aborted: blocker"), "{error}");
     let logged = lines(&["ERROR", "did not stop in time", "blocker", "tally-a"]);
     assert_eq!((logged.len(), counted(&health, "annals_parts_cut_off_total")), (1, 1), "{logged:?}");
