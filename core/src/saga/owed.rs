@@ -23,11 +23,9 @@ use crate::{
     event::Position,
     handler::{Handler, HandlerError, Remedy},
     health::Health,
-    store::{EventStore, Scan, StoreError},
+    store::{EventStore, Scan, StoreError, pages::PAGE},
 };
 
-/// The number of documents read per page.
-const PAGE: usize = 100;
 /// How many times the work is attempted before the service starts without it.
 const ATTEMPTS: usize = 8;
 /// How long a service retries owed work in total. After that time, each remaining piece of work is tried once, because

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::TryStreamExt;
 use serde_json::Value;
 
 use super::{
@@ -24,7 +25,7 @@ use crate::{
     },
     event::{EVENT_BYTES_MAX, Position, StreamIdError, Version, named_id},
     handler::{Handler, HandlerError, Terminal},
-    store::{EventStore, StoreError},
+    store::{EventStore, StoreError, pages},
 };
 
 /// The maximum size of a participant's answer, in bytes of JSON. The saga records the answer and the commands that
@@ -32,8 +33,6 @@ use crate::{
 pub const ANSWER_BYTES_MAX: usize = EVENT_BYTES_MAX / 2;
 /// The nesting depth at which an answer begins within the events that record the answer.
 const ANSWER_DEPTH: usize = 8;
-/// The number of events read per page in the search for a recorded answer.
-const ANSWERS_PAGE: usize = 1_000;
 
 /// Carries out the commands that sagas send to a service.
 ///
@@ -200,43 +199,30 @@ impl<P: Participant> StepHandler<P> {
     /// but not committed yet; the commit will send that answer.
     async fn recorded(&self, saga: &str, step: &StepCommand) -> Result<Option<Outcome>, HandlerError> {
         let stream = self.participations.stream(saga)?;
-        let mut after = Version::START;
-        loop {
-            let page = self.store.read_stream(&stream, after, ANSWERS_PAGE).await?;
-            for event in &page {
-                let Some(StepEvent::Replied { reply, .. }) = event.decode()? else { continue };
-                let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
-                if is_final && (reply.at, reply.call) == (step.at, step.call) {
-                    return Ok(Some(reply.outcome));
-                }
-                after = event.version;
-            }
-            if page.len() < ANSWERS_PAGE {
-                return Ok(None);
+        let mut events = pages::history(&*self.store, &stream, Version::START);
+        while let Some(event) = events.try_next().await? {
+            let Some(StepEvent::Replied { reply, .. }) = event.decode()? else { continue };
+            let is_final = matches!(reply.outcome, Outcome::Done(_) | Outcome::Refused(_));
+            if is_final && (reply.at, reply.call) == (step.at, step.call) {
+                return Ok(Some(reply.outcome));
             }
         }
+        Ok(None)
     }
 
     /// Returns the states of a saga's steps that were recorded before a position of the log.
     async fn known_before(&self, saga: &str, position: Position) -> Result<Participation, HandlerError> {
         let stream = self.participations.stream(saga)?;
         let mut known = Participation::default();
-        let mut after = Version::START;
-        loop {
-            let page = self.store.read_stream(&stream, after, ANSWERS_PAGE).await?;
-            for event in &page {
-                if event.position >= position {
-                    return Ok(known);
-                }
-                if let Some(replied) = event.decode::<StepEvent>()? {
-                    known.evolve(&replied);
-                }
-                after = event.version;
-            }
-            if page.len() < ANSWERS_PAGE {
-                return Ok(known);
+        let mut events = pages::history(&*self.store, &stream, Version::START);
+        while let Some(event) = events.try_next().await?
+            && event.position < position
+        {
+            if let Some(replied) = event.decode::<StepEvent>()? {
+                known.evolve(&replied);
             }
         }
+        Ok(known)
     }
 
     /// Checks a command against the barrier, carries out the command if necessary, and stages the answer. `not_stored`
