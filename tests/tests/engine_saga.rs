@@ -410,7 +410,8 @@ async fn stuck_saga_blocks_no_other() {
 
 #[tokio::test]
 async fn correlation_and_trace_reach_the_last_event() {
-    let (traceparent, request) = ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Uuid::new_v4());
+    let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let request = Uuid::new_v4();
     // Even on a busy machine, this is long enough to see the second attempt before the third one fails.
     let world = world(Duration::from_secs(2), 3);
     let runtime = world.start(&["shop", "hotel"]).await;
