@@ -217,6 +217,29 @@ async fn transaction_with_a_lost_answer_is_executed_once() {
     .await;
 }
 
+/// Every attempt starts with an empty cache, like a process that was restarted.
+#[tokio::test]
+async fn repeated_transaction_with_several_large_commands_is_found_after_a_restart() {
+    on_each_store(async |store| {
+        let ids = [Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4()];
+        for repeated in [false, true] {
+            for id in ids {
+                let tallies = Repository::<Tally>::new(store.clone());
+                let mut transaction = Transaction::new(store.clone(), id);
+                let mut work = transaction.begin();
+                for name in ["a", "b", "a"] {
+                    let done = work.execute(&tallies, name, &TallyCommand::AddOnes(2_500)).await.unwrap();
+                    assert_eq!(done.repeated, repeated, "{name}");
+                }
+                assert!(transaction.commit(work).await.unwrap().is_some());
+            }
+        }
+        assert_once(&store, "tally-a", 15_000).await;
+        assert_once(&store, "tally-b", 7_500).await;
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn transaction_that_succeeds_late_is_found_at_its_staged_version() {
     on_each_store(async |store| {

@@ -11,13 +11,26 @@ use crate::{
 };
 
 /// The number of recent commands that are remembered per stream, so that a repeated command is recognised. The number
-/// of events per command does not matter. A command that is repeated after more than this many other commands counts as
-/// new. Each saga has its own stream in each service, and such a stream receives far fewer commands than this.
+/// of events per command does not matter, unless the `causation_id` of a [`Request`](crate::Request) differs from its
+/// command id: after a restart, such commands are recognised among the last 10,000 events only. A command that is
+/// repeated after more than this many other commands counts as new. Each saga has its own stream in each service, and
+/// such a stream receives far fewer commands than this.
 pub const REMEMBERED_COMMANDS: usize = 1_024;
 /// The maximum number of uncertain events that are remembered. If the store does not show which command an event
 /// belongs to, each event may be the first event of a command, and is remembered separately. The maximum equals the
 /// number of events in the largest commit.
 const UNCERTAIN_EVENTS_MAX: usize = COMMIT_ROWS_MAX;
+
+/// How many command ids are tried per event of a run with several commands. The number is limited so that a run whose
+/// events have ids of their own takes little time. It is greater than one because other streams may have received some
+/// of the commands.
+const TRIES_PER_EVENT: u64 = 4;
+
+/// Returns the id of a command of a unit of work. One message may send two equal commands to one stream. Each command
+/// gets its own id, so that the second command does not count as a repetition of the first.
+pub(crate) fn command_id(cause: Uuid, call: u64) -> Uuid {
+    if call == 0 { cause } else { derived_id(cause, u64::MAX - call) }
+}
 
 /// The first event of each of the most recent commands.
 ///
@@ -82,8 +95,41 @@ impl Remembered {
             while self.events.pop_back_if(|event| event.uncertain).is_some() {
                 self.uncertain -= 1;
             }
+        } else if run.events > 1 {
+            self.split(&run);
         }
         self.trim(UNCERTAIN_EVENTS_MAX);
+    }
+
+    /// Replaces the events of a run by the first events of its commands, as far as these commands can be found.
+    fn split(&mut self, run: &CauseRun) {
+        let Some(start) = usize::try_from(run.events).ok().and_then(|events| self.events.len().checked_sub(events))
+        else {
+            return;
+        };
+        let mut events = self.events.split_off(start);
+        self.uncertain -= events.iter().filter(|event| event.uncertain).count();
+        let mut calls = 0..TRIES_PER_EVENT * run.events;
+        let mut next = None;
+        while let Some(event) = events.pop_front() {
+            if let Some((command, index)) = &mut next
+                && event.id == derived_id(*command, *index)
+            {
+                *index += 1;
+                continue;
+            }
+            let mut commands = calls.by_ref().map(|call| command_id(run.cause, call));
+            match commands.find(|command| event.id == derived_id(*command, 0)) {
+                Some(command) => {
+                    next = Some((command, 1));
+                    self.push(First { uncertain: false, ..event });
+                }
+                None => {
+                    self.push(event);
+                    return events.into_iter().for_each(|event| self.push(event));
+                }
+            }
+        }
     }
 
     /// Returns the version of a command's first event, if the command is remembered.
@@ -191,6 +237,27 @@ mod tests {
         let firsts = commands.map(|id| read(&mut remembered, &mut next, id, cause, 3));
         remembered.end_of_run();
         assert_eq!(commands.map(|id| remembered.version_of(id)), firsts.map(Some));
+    }
+
+    #[test]
+    fn large_commands_with_one_cause_are_remembered_by_their_first_events() {
+        let mut remembered = Remembered::default();
+        let mut next = 1;
+        let mut firsts = Vec::new();
+        for _ in 0..REMEMBERED_COMMANDS / 2 {
+            let cause = Uuid::new_v4();
+            // Another stream has received the commands in between.
+            for call in [0, 3] {
+                let id = command_id(cause, call);
+                firsts.push((id, read(&mut remembered, &mut next, id, cause, 30)));
+            }
+        }
+        remembered.end_of_run();
+        assert_eq!(remembered.events.len(), REMEMBERED_COMMANDS);
+        assert_eq!(remembered.uncertain, 0);
+        for (id, first) in firsts {
+            assert_eq!(remembered.version_of(id), Some(first));
+        }
     }
 
     #[test]

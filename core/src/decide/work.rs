@@ -12,7 +12,7 @@ use crate::{
     decide::{
         aggregate::Aggregate,
         fold::{FoldError, Folded, Folds},
-        remembered::REMEMBERED_COMMANDS,
+        remembered::{REMEMBERED_COMMANDS, command_id},
         unsettled::{self, Unsettled},
     },
     event::{
@@ -242,12 +242,7 @@ impl Work {
         command: &A::Command,
         expect_new: bool,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        // One message may send two equal commands to one stream. Each command gets its own id, so that the second
-        // command does not count as a repetition of the first.
-        let command_id = match self.cause.calls {
-            0 => self.cause.id,
-            calls => derived_id(self.cause.id, u64::MAX - calls),
-        };
+        let command_id = command_id(self.cause.id, self.cause.calls);
         self.cause.calls += 1;
         self.stage_as(command_id, folds, stream, command, expect_new).await
     }
