@@ -17,6 +17,8 @@ use rdkafka::{ClientConfig, error::KafkaError, types::RDKafkaConfRes::RD_KAFKA_C
 /// The default number of partitions of a topic that the bus creates. The number of partitions also limits how many
 /// members of a group can share the work.
 const PARTITIONS_DEFAULT: u32 = 8;
+/// The settings that would replace the brokers of the URL.
+const BROKERS: [&str; 2] = ["bootstrap.servers", "metadata.broker.list"];
 /// The names to suggest when a URL parameter is misspelt: the parameters that are not librdkafka settings, and a few
 /// librdkafka settings.
 const PARAMETERS: [&str; 8] = [
@@ -177,6 +179,11 @@ impl Settings {
 
     /// Adds the user's settings, then the fixed settings.
     pub(crate) fn finish(&self, mut config: ClientConfig, fixed: &[(&str, &str)]) -> Result<ClientConfig, BusError> {
+        if let Some(name) = BROKERS.into_iter().find(|name| self.client.contains_key(*name)) {
+            let brokers = &self.brokers;
+            let reason = format!("{name} cannot be set, because the brokers are already named: {brokers}");
+            return Err(BusError::Misconfigured(reason));
+        }
         for (name, value) in &self.client {
             config.set(name, value);
         }
@@ -333,6 +340,10 @@ mod tests {
         assert_eq!((settings.partitions, settings.retention), (3, Some(Duration::from_secs(60))));
         let config = settings.finish(settings.client(), &[("acks", "all")]).unwrap();
         assert_eq!((config.get("sasl.password"), config.get("acks")), (Some("p&q"), Some("all")));
+        for name in BROKERS {
+            let error = settings.clone().set(name, "elsewhere:1").finish(ClientConfig::new(), &[]).unwrap_err();
+            assert!(error.to_string().contains("the brokers are already named: a:1"), "{error}");
+        }
         let error = settings.set("acks", "1").finish(ClientConfig::new(), &[("acks", "all")]).unwrap_err();
         assert!(error.to_string().contains("acks must be all"), "{error}");
     }
