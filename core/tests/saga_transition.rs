@@ -452,6 +452,16 @@ fn two_steps_with_one_name_are_refused() {
 }
 
 #[test]
+fn step_name_that_no_message_can_carry_is_refused() {
+    for name in ["", "a\0", "a\nb", "a\u{7f}"] {
+        let build = || Saga::named("trip").pivot(name, |_: &Learned| ask(&Trip::Hotel {})).build();
+        let refused = std::panic::catch_unwind(build).map(drop).unwrap_err();
+        let reason = refused.downcast_ref::<String>().unwrap();
+        assert!(reason.contains("the name is empty or has a control character"), "{name:?}: {reason}");
+    }
+}
+
+#[test]
 fn command_without_a_json_form_fails_its_step() {
     let saga = Saga::<Learned>::named("odd")
         .pivot("odd", |_| StepRequest::to("agency", &Odd::Number { nan: std::collections::BTreeMap::from([((), 1)]) }))
