@@ -52,6 +52,8 @@ pub use index::{Index, STUCK, SagaStatus};
 #[cfg(feature = "testing")]
 pub(crate) use instance::{Definitions, SagaCommand, SagaInput, go_on};
 pub use instance::{SagaInstance, SagaRefusal};
+#[cfg(feature = "testing")]
+pub(crate) use migration::ReachedStep;
 pub(crate) use owed::{Debtor, settle};
 pub use owed::{Owed, StepKey};
 pub(crate) use participant::StepHandler;

@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 use annals::{
     Answer, DeadLetters, Event, EventStore, Handler, HandlerError, LocalBus, MemoryStore, Message, Participant,
     Runtime, Saga, Service, StartError, StepError, Subscription, Work,
+    health::State,
     saga::{OperatorAction, Progress, Runner, SagaStatus, Status, StepRef, StepRequest},
 };
 use annals_sqlite::SqliteStore;
@@ -223,6 +224,86 @@ async fn wrong_migration_is_refused_for_that_saga_alone() {
         assert_eq!(documents(&world.store, "parked.shop.commands").await, [], "{why}");
         runtime.drain(DRAIN).await.unwrap();
     }
+}
+
+/// A plan whose first step asks two services.
+fn paired() -> Plan {
+    Saga::<Trip>::named("trip")
+        .compensatable("book", |trip| ask("hotel", "book", trip))
+        .undo(|trip| take_back("hotel", "book", trip))
+        .and(|trip| ask("shop", "reserve", trip))
+        .undo(|trip| take_back("shop", "reserve", trip))
+        .timeout(PATIENT)
+        .compensatable("charge", |trip| ask("bank", "charge", trip))
+        .undo(|trip| take_back("bank", "charge", trip))
+        .timeout(PATIENT)
+        .pivot("confirm", |trip| ask("shop", "confirm", trip))
+        .timeout(PATIENT)
+        .build()
+}
+
+/// The booking at the second service could never be undone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn migration_that_drops_a_participant_of_a_done_step_is_refused() {
+    let world = waits_at_charge(Arc::new(MemoryStore::new()), paired).await;
+    let runtime = start(&world, runner(first()).migrate(paired().hash(), Progress::clone), &ALL).await;
+    let error = refusal(&world, "a", runtime).await;
+    assert!(error.contains("step \"book\" was requested from 2 participants, but has 1 in the plan"), "{error}");
+    world.script.play("confirm", Play::Refuse, u32::MAX);
+    let runtime = start(&world, runner(first()).older(paired()), &ALL).await;
+    world.becomes("a", Status::Compensated).await;
+    let done = world.ledger("a").await;
+    for undone in ["undo book", "undo reserve", "undo charge"] {
+        assert_eq!(done.iter().filter(|name| *name == undone).count(), 1, "{undone}: {done:?}");
+    }
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+/// A participant that the plan adds to a done step was never asked, so there is nothing to undo at this participant.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn migration_may_add_a_participant_to_a_done_step() {
+    let world = waits_at_charge(Arc::new(MemoryStore::new()), first).await;
+    world.script.play("confirm", Play::Refuse, u32::MAX);
+    let runtime = start(&world, runner(paired()).migrate(first().hash(), Progress::clone), &ALL).await;
+    world.becomes("a", Status::Compensated).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
+    runtime.drain(DRAIN).await.unwrap();
+}
+
+/// The saga is going back, and waits for the undo of the charge. In the new plan, the booking is the pivot, which has
+/// no undo.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn migration_that_makes_a_done_step_the_pivot_is_refused_on_the_way_back() {
+    fn pivot_last() -> Plan {
+        Saga::<Trip>::named("trip")
+            .compensatable("charge", |trip| ask("bank", "charge", trip))
+            .undo(|trip| take_back("bank", "charge", trip))
+            .timeout(PATIENT)
+            .pivot("book", |trip| ask("hotel", "book", trip))
+            .timeout(PATIENT)
+            .build()
+    }
+    // The timeout is short, so that a timer is due soon, whatever the saga waits for when the first process ends.
+    let old = || plan!(Duration::from_secs(1), 1_000; "book" @ "hotel", "charge" @ "bank"; );
+    let world = World::new(Arc::new(MemoryStore::new()), old());
+    world.script.play("confirm", Play::Refuse, u32::MAX).play("undo charge", Play::Fail, u32::MAX);
+    let runtime = start(&world, runner(old()), &ALL).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    world.script.asked_for("undo charge", 2).await;
+    drop(runtime);
+    world.script.behave();
+    let migrate = |progress: &Progress| Progress { at: StepRef::Undo(0), ..progress.clone() };
+    let runtime = start(&world, runner(pivot_last()).migrate(old().hash(), migrate), &ALL).await;
+    let health = runtime.health();
+    let named = async || match health.parts().remove("trip.timers")? {
+        State::NeedsAttention(reason) => Some(reason).filter(|reason| reason.contains("such as a: ")),
+        _ => None,
+    };
+    let reason = eventually("health names the saga", named).await;
+    assert!(reason.contains("step \"book\" was requested, but the plan has no undo of the step"), "{reason}");
+    let error = refusal(&world, "a", runtime).await;
+    assert!(error.contains("the plan has no undo of the step"), "{error}");
+    assert!(!world.ledger("a").await.contains(&"undo charge".to_owned()), "the saga stays where it is");
 }
 
 #[tokio::test]

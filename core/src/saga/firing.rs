@@ -148,8 +148,8 @@ impl<C: SagaState> Sagas<C> {
         Ok(())
     }
 
-    /// Returns a message that says why an operator is needed. The message names stuck sagas and services that do not
-    /// answer.
+    /// Returns a message that says why an operator is needed. The message names stuck sagas, services that do not
+    /// answer, and sagas that accept no input.
     async fn attention(&self) -> Result<Option<String>, StoreError> {
         let collection = format!("{STUCK}{}", self.runner.category());
         let stuck = self.store.scan(&collection, &Scan::After("".into()), STUCK_MAX).await?;
@@ -162,8 +162,32 @@ impl<C: SagaState> Sagas<C> {
                 self.runner.name()
             )
         });
-        let all: Vec<_> = stuck.into_iter().chain(self.timers.silence()).collect();
+        let refused = self.refused().await?;
+        let all: Vec<_> = stuck.into_iter().chain(self.timers.silence()).chain(refused).collect();
         Ok((!all.is_empty()).then(|| all.join("; ")))
+    }
+
+    /// Returns a message that names a saga that has refused its timer, for example because its migration is wrong. The
+    /// document of such a saga gives the reason until the saga goes on, in this process or in another one.
+    async fn refused(&self) -> Result<Option<String>, StoreError> {
+        let refused = self.timers.refused();
+        if refused.is_empty() {
+            return Ok(None);
+        }
+        let category = self.runner.category();
+        let keys: Vec<_> = refused.iter().map(|(id, _)| DocumentKey::new(&*category, id.clone())).collect();
+        let found = self.store.documents(&keys).await?;
+        let mut waiting = Vec::new();
+        for ((id, reason), document) in refused.into_iter().zip(found) {
+            let status = document.and_then(|document| serde_json::from_str::<SagaStatus>(&document.body).ok());
+            match status.is_some_and(|status| status.last_error.as_ref() == Some(&reason)) {
+                true => waiting.push((id, reason)),
+                false => self.timers.accept(&id),
+            }
+        }
+        Ok(waiting.first().map(|(id, reason)| {
+            format!("{} {} sagas accept no input, such as {id}: {reason}", waiting.len(), self.runner.name())
+        }))
     }
 
     /// Returns the documents of the sagas whose timers fire now.
@@ -254,28 +278,26 @@ impl<C: SagaState> Sagas<C> {
     }
 
     /// Wakes these sagas in one commit. The same commit sets their timers to a later time, so that no query finds the
-    /// timers again before the index has recorded the new states. Returns a description of the failure, if there was
-    /// one.
+    /// timers again before the index has recorded the new states. Returns a description of the failure if the store
+    /// failed. A saga that accepts no input does not keep other sagas from going on, so it is reported separately; see
+    /// [`refused`](Self::refused).
     async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
-        let mut trouble = None;
         let origins = self.origins(&due).await;
         let mut stale = Stale::Nothing;
         let mut racing = Backoff::short();
         for _ in 0..RACES_MAX {
             if due.is_empty() {
-                return trouble;
+                return None;
             }
             let mut work = Work::new(self.store.clone(), stale.clone());
             for document in &due {
                 match self.wake(document, origins.get(&document.key.id), &mut work).await {
-                    Ok(()) => {}
+                    Ok(()) => self.timers.accept(&document.key.id),
                     Err(WakeError::OfStore(error)) => return Some(error),
-                    Err(WakeError::OfSaga(error)) => {
-                        trouble = Some(format!("timer of saga {}: {error}", document.key.id));
-                    }
+                    Err(WakeError::OfSaga(why)) => self.report_refused(&document.key.id, &why),
                 }
             }
-            let Err(error) = work.commit().await else { return trouble };
+            let Err(error) = work.commit().await else { return None };
             match &error {
                 // Another writer has changed the saga.
                 CommitError::DocumentConflict { key, .. } => {
@@ -289,21 +311,28 @@ impl<C: SagaState> Sagas<C> {
                 CommitError::Invalid(_) if due.len() > 1 => {
                     let rest = due.split_off(due.len() / 2);
                     let first = Box::pin(self.fire(due)).await;
-                    return first.or(Box::pin(self.fire(rest)).await).or(trouble);
+                    return first.or(Box::pin(self.fire(rest)).await);
                 }
                 CommitError::Invalid(reason) => {
                     let Document { key, version, body, .. } = due.remove(0);
-                    let trouble = format!("timer of saga {}: {reason}", key.id);
+                    self.report_refused(&key.id, reason);
+                    let body = waiting(&body, reason);
                     let due = self.store.clock().due_in(REFUSED_TIMER);
                     let put = Put { key, expected: Some(version), body: Some(body), due };
                     // If this commit fails, the next query finds the timer again.
                     _ = self.store.commit(Commit { appends: Vec::new(), puts: vec![put] }).await;
-                    return Some(trouble);
+                    return None;
                 }
                 CommitError::Unknown(_) | CommitError::Unavailable(_) => return Some(error.to_string()),
             }
         }
-        trouble
+        None
+    }
+
+    fn report_refused(&self, saga: &str, reason: &str) {
+        if self.timers.refuse(saga, reason) {
+            tracing::warn!(name = self.runner.name(), saga, reason, "a saga accepts no input");
+        }
     }
 
     /// Reads the data needed to wake the sagas, concurrently.

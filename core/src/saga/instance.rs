@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     definition::{Saga, SagaState},
-    migration::{Trail, migrated},
+    migration::{ReachedStep, Trail, migrated},
     progress::{BY_ITSELF, OperatorAction, Outcome, Progress, Reply, SagaEvent, StepRef},
     request::{SagaRequest, marked, unmarked},
     transition::{Input, Transition, begin, json_bytes, learn_given_up, transition},
@@ -231,9 +231,10 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
         self.request = SagaRequest::after(event, self.request.take());
         let progress = event.progress().clone();
         let was = self.progress.replace(if self.request.is_some() { unmarked(progress) } else { progress });
-        let known = event.progress().known_as();
-        if self.trail.last().is_none_or(|(last, _)| *last != known) {
-            self.trail.push((known, event.progress().step.as_str().into()));
+        let Progress { step, calls, .. } = event.progress();
+        let at = event.progress().known_as();
+        if self.trail.last().is_none_or(|last| last.at != at) {
+            self.trail.push(ReachedStep { at, name: step.as_str().into(), calls: calls.len() });
         }
         match event {
             SagaEvent::Started { context, .. } => match serde_json::from_value(context.clone()) {

@@ -8,9 +8,18 @@ use super::{
 };
 use crate::base::panic::caught_now;
 
-/// The steps that a saga has reached, in order. Each entry contains the number under which the participants know the
-/// step, and the step's name.
-pub(super) type Trail = Vec<(StepRef, Arc<str>)>;
+/// The steps that a saga has reached, in order.
+pub(super) type Trail = Vec<ReachedStep>;
+
+/// A step that a saga has reached.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ReachedStep {
+    /// The step under the number by which its participants know the step.
+    pub(super) at: StepRef,
+    pub(super) name: Arc<str>,
+    /// The number of participants that were asked.
+    pub(super) calls: usize,
+}
 
 impl<C> Saga<C> {
     /// Returns the step at a place, if the plan has that place.
@@ -65,21 +74,23 @@ pub(super) fn migrated<C: SagaState>(
 
 /// Checks that a saga that continues at `at` neither repeats a step nor leaves a step without its undo.
 fn keeps_what_was_asked<C>(from: &Progress, at: StepRef, trail: &Trail, plan: &Saga<C>) -> Result<(), String> {
-    let asked = |is: fn(&StepRef) -> bool| trail.iter().filter(move |(at, _)| is(at)).map(|(_, name)| &**name);
+    let asked = |is: fn(&StepRef) -> bool| trail.iter().filter(move |reached| is(&reached.at));
     let forward = || asked(|at| matches!(at, StepRef::Forward(_)));
     let place_of = |steps: &[PlannedStep<C>], name: &str| steps.iter().position(|step| step.name == name);
     let again = |name: &str| Err(format!("step {name:?} is done, and would be requested again"));
     match at {
         StepRef::Forward(step) => {
-            for name in forward().filter(|name| *name != from.step) {
+            for reached in forward().filter(|reached| *reached.name != *from.step) {
+                let name = &reached.name;
                 match place_of(&plan.steps, name) {
                     None => return Err(format!("step {name:?} was requested, but the plan does not have the step")),
                     Some(place) if place > step => return again(name),
-                    Some(_) => {}
+                    Some(place) => undoes_all(reached, &plan.steps[place])?,
                 }
             }
-            let passed_over =
-                |step: &&PlannedStep<C>| step.kind == Kind::Pivot && !forward().any(|name| name == step.name);
+            let passed_over = |step: &&PlannedStep<C>| {
+                step.kind == Kind::Pivot && !forward().any(|reached| *reached.name == *step.name)
+            };
             match plan.steps[..step].iter().find(passed_over) {
                 Some(pivot) => Err(format!("step {:?} is the pivot, and would be skipped", pivot.name)),
                 None => Ok(()),
@@ -87,38 +98,56 @@ fn keeps_what_was_asked<C>(from: &Progress, at: StepRef, trail: &Trail, plan: &S
         }
         StepRef::Undo(step) => {
             let undone = || asked(|at| matches!(at, StepRef::Undo(_)));
-            let turned_at = forward().next_back();
-            for name in forward().filter(|name| !undone().any(|undone| undone == *name)) {
-                match place_of(&plan.steps, name) {
-                    // The saga went back from this step because the participant refused the step, so there is nothing
-                    // to undo.
-                    _ if turned_at == Some(name) => {}
-                    // The pivot did not happen: otherwise the saga would not go back.
-                    Some(place) if plan.steps[place].kind == Kind::Pivot => {}
-                    None => return Err(format!("step {name:?} was requested, but the plan has no undo of the step")),
-                    Some(place) if place >= step => return Err(format!("step {name:?} would not be undone")),
-                    Some(_) => {}
+            // The saga went back from its last step. If that step has no undo in progress, its participant refused it,
+            // so there is nothing to undo.
+            let turned_at = forward().next_back().map(|reached| &reached.name);
+            for reached in forward().filter(|reached| !undone().any(|undone| undone.name == reached.name)) {
+                let name = &reached.name;
+                if turned_at == Some(name) {
+                    continue;
+                }
+                match place_of(&plan.steps, name).map(|place| (place, &plan.steps[place])) {
+                    Some((place, planned)) if planned.kind == Kind::Compensatable => {
+                        if place >= step {
+                            return Err(format!("step {name:?} would not be undone"));
+                        }
+                        undoes_all(reached, planned)?;
+                    }
+                    _ => return Err(format!("step {name:?} was requested, but the plan has no undo of the step")),
                 }
             }
             Ok(())
         }
         StepRef::Closing(step) => {
-            let mut closed = asked(|at| matches!(at, StepRef::Closing(_))).filter(|name| *name != from.step);
-            let twice = closed.find(|name| place_of(&plan.closing, name).is_some_and(|place| place > step));
-            twice.map_or(Ok(()), again)
+            let mut closed = asked(|at| matches!(at, StepRef::Closing(_)));
+            let twice = closed.find(|reached| {
+                *reached.name != *from.step && place_of(&plan.closing, &reached.name).is_some_and(|place| place > step)
+            });
+            twice.map_or(Ok(()), |reached| again(&reached.name))
         }
     }
+}
+
+/// Checks that the undo of a step reaches every participant that was asked to carry out the step.
+fn undoes_all<C>(reached: &ReachedStep, planned: &PlannedStep<C>) -> Result<(), String> {
+    let asked = reached.calls;
+    let of_plan = planned.calls.len();
+    // A participant that the plan adds was never asked, and has nothing to undo.
+    if planned.kind != Kind::Compensatable || asked <= of_plan {
+        return Ok(());
+    }
+    Err(format!("step {:?} was requested from {asked} participants, but has {of_plan} in the plan", planned.name))
 }
 
 /// Returns the numbers under which participants know the plan's steps. A step that was already requested keeps its
 /// number even if its place changes. Every other step gets an unused number. The map is empty if the number of every
 /// step equals its place.
 fn numbers<C>(trail: &Trail, plan: &Saga<C>) -> BTreeMap<String, usize> {
-    let forward = trail.iter().filter_map(|(at, name)| match at {
+    let forward = trail.iter().filter_map(|ReachedStep { at, name, .. }| match at {
         StepRef::Forward(number) => Some((&**name, *number)),
         StepRef::Undo(_) | StepRef::Closing(_) => None,
     });
-    let closing = trail.iter().filter_map(|(at, name)| match at {
+    let closing = trail.iter().filter_map(|ReachedStep { at, name, .. }| match at {
         StepRef::Closing(number) => Some((&**name, *number)),
         StepRef::Forward(_) | StepRef::Undo(_) => None,
     });

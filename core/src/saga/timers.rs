@@ -15,6 +15,8 @@ use super::progress::Fault;
 const KNOWN_MAX: usize = 20_000;
 /// The maximum number of sagas that are remembered, for each service, as not answered by the service.
 const SILENT_MAX: usize = 1_000;
+/// The maximum number of sagas that are remembered as accepting no input. Health names one of them.
+const REFUSED_MAX: usize = 100;
 
 /// The timers that this process remembers. Clones share the same timers.
 /// With the remembered timers, the process need not query a store in which no timer is due. Also, a timer that has just
@@ -31,6 +33,8 @@ struct KnownTimers {
     ahead: Option<DateTime<Utc>>,
     /// The sagas that each service has not answered in time.
     silent: BTreeMap<String, BTreeSet<Arc<str>>>,
+    /// The sagas whose timers were refused, with the reasons.
+    refused: BTreeMap<Arc<str>, String>,
 }
 
 impl Timers {
@@ -104,6 +108,26 @@ impl Timers {
         };
         let all: Vec<_> = known.silent.iter().map(one).collect();
         (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Records that a saga has refused its timer for this reason. Returns whether the reason is new.
+    pub(super) fn refuse(&self, id: &str, reason: &str) -> bool {
+        let mut known = self.known();
+        if known.refused.get(id).is_some_and(|refused| refused == reason) || known.refused.len() >= REFUSED_MAX {
+            return false;
+        }
+        known.refused.insert(id.into(), reason.to_owned());
+        true
+    }
+
+    /// Records that a saga no longer refuses its timer.
+    pub(super) fn accept(&self, id: &str) {
+        self.known().refused.remove(id);
+    }
+
+    /// Returns the sagas that have refused their timers, with the reasons.
+    pub(super) fn refused(&self) -> Vec<(Arc<str>, String)> {
+        self.known().refused.clone().into_iter().collect()
     }
 
     pub(super) fn look_again_at(&self, ahead: Option<DateTime<Utc>>) {

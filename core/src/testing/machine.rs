@@ -20,8 +20,9 @@ use crate::{
     decide::aggregate::Aggregate,
     event::Event,
     saga::{
-        Command, Definitions, Failure, Input, OperatorAction, Outcome, Progress, Reply, Saga, SagaCommand, SagaEvent,
-        SagaInput, SagaInstance, SagaRequest, SagaState, Status, StepRef, Transition, begin, go_on, transition,
+        Command, Definitions, Failure, Input, OperatorAction, Outcome, Progress, ReachedStep, Reply, Saga, SagaCommand,
+        SagaEvent, SagaInput, SagaInstance, SagaRequest, SagaState, Status, StepRef, Transition, begin, go_on,
+        transition,
     },
 };
 
@@ -70,7 +71,7 @@ pub(super) struct Machine<C> {
 }
 
 /// The key that identifies a place.
-type Standing = (String, Progress, bool, Vec<(StepRef, Arc<str>)>);
+type Standing = (String, Progress, bool, Vec<ReachedStep>);
 
 struct Known<C> {
     places: Vec<Arc<Place<C>>>,
