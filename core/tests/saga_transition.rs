@@ -452,12 +452,12 @@ fn two_steps_with_one_name_are_refused() {
 }
 
 #[test]
-fn step_name_that_no_message_can_carry_is_refused() {
-    for name in ["", "a\0", "a\nb", "a\u{7f}"] {
+fn step_name_that_no_store_accepts_is_refused() {
+    for name in ["", "a\0"] {
         let build = || Saga::named("trip").pivot(name, |_: &Learned| ask(&Trip::Hotel {})).build();
         let refused = std::panic::catch_unwind(build).map(drop).unwrap_err();
         let reason = refused.downcast_ref::<String>().unwrap();
-        assert!(reason.contains("the name is empty or has a control character"), "{name:?}: {reason}");
+        assert!(reason.contains("the name is empty or contains U+0000"), "{name:?}: {reason}");
     }
 }
 

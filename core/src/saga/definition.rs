@@ -317,8 +317,8 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
     /// Returns the definition.
     ///
     /// # Panics
-    /// Panics if the plan contains a mistake: two steps have the same name, the name of a step is empty or contains a
-    /// control character, or the name of the saga is empty, is too long for a category, or contains anything other than
+    /// Panics if the plan contains a mistake: two steps have the same name, the name of a step is empty or contains
+    /// U+0000, or the name of the saga is empty, is too long for a category, or contains anything other than
     /// the characters of a category (lower-case letters, digits, `.` and `_`).
     pub fn build(mut self) -> Saga<C> {
         let fault = categories::check(&self.saga.category()).map_err(|error| error.to_string());
@@ -327,9 +327,9 @@ impl<C: SagaState, P: Complete> Plan<C, P> {
             panic!("saga {:?} cannot have this name: {reason}", self.saga.name);
         }
         let mut names: Vec<_> = self.saga.steps.iter().chain(&self.saga.closing).map(|step| step.name).collect();
-        // Messages and stored events carry the name, and neither may contain control characters.
-        if let Some(name) = names.iter().find(|name| name.is_empty() || name.chars().any(char::is_control)) {
-            panic!("saga {:?} has a step named {name:?}: the name is empty or has a control character", self.saga.name);
+        // The events of the saga hold the name, and no store accepts U+0000.
+        if let Some(name) = names.iter().find(|name| name.is_empty() || name.contains('\0')) {
+            panic!("saga {:?} has a step named {name:?}: the name is empty or contains U+0000", self.saga.name);
         }
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {

@@ -39,8 +39,9 @@ impl StepCommand {
     pub(crate) fn to_message(command: Command, step_name: &str, event: &Recorded, reply_to: &Arc<str>) -> Message {
         let extensions = [
             (AT, command.at.to_string()),
-            // For people who read the topic: participants know a step by its number.
-            (STEP_NAME, step_name.to_owned()),
+            // For people who read the topic: participants know a step by its number. An attribute may not contain control
+            // characters.
+            (STEP_NAME, step_name.replace(char::is_control, " ")),
             (CALL, command.call.to_string()),
             (ATTEMPT, command.attempt.to_string()),
             (MUST_SUCCEED, command.must_succeed.to_string()),
@@ -84,4 +85,42 @@ impl StepCommand {
 fn attribute<T: FromStr>(message: &Message, name: &str) -> Result<T, HandlerError> {
     let text = message.extensions.get(name).ok_or_else(|| format!("the command lacks the attribute {name}"));
     text.terminal()?.parse().map_err(|_| format!("attribute {name} of the command cannot be parsed")).terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::Utc;
+    use serde_json::value::RawValue;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::event::{Metadata, Position, StreamId};
+
+    #[test]
+    fn step_name_with_a_control_character_fits_into_an_attribute() {
+        let event = Recorded {
+            position: Position(1),
+            stream: StreamId::from_stored("saga.trip-a"),
+            version: Version(1),
+            id: Uuid::nil(),
+            type_name: "saga.started".into(),
+            schema_version: 1,
+            data: "{}".into(),
+            metadata: Metadata::default(),
+            recorded_at: Utc::now(),
+        };
+        let command = Command {
+            id: Uuid::nil(),
+            to: "hotel".to_owned(),
+            type_name: "hotel.hold".to_owned(),
+            schema_version: 1,
+            at: StepRef::Forward(0),
+            call: 0,
+            attempt: 1,
+            must_succeed: false,
+            data: RawValue::from_string("{}".to_owned()).unwrap_or_default(),
+        };
+        let message = StepCommand::to_message(command, "hold\nroom", &event, &"travel".into());
+        assert_eq!(message.extensions[STEP_NAME], "hold room");
+    }
 }
