@@ -112,7 +112,7 @@ fn kafka_password_comes_from_a_file_or_the_environment() {
         ("sasl.password_env=SHOP_KAFKA".to_owned(), [("SHOP_KAFKA", kafka::PASSWORD)]),
     ] {
         let output = run(&password, &environment);
-        assert!(output.status.success(), "{password}: {}", said(&output));
+        assert!(output.status.success(), "{password}: {:?} {}", output.status, said(&output));
         assert!(said(&output).contains("\"confirmed\":3"), "{password}: {}", said(&output));
     }
     for (password, part) in [
