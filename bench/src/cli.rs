@@ -40,7 +40,7 @@ pub struct CliArguments {
     json: bool,
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
+/// Runs the benchmark until it ends or is interrupted, and then stops the server.
 pub async fn run(arguments: CliArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

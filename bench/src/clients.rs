@@ -1,4 +1,4 @@
-//! Simulates clients that each make one request at a time, on a task of their own, as in a server.
+//! Simulates clients. Each client makes one request at a time and runs on its own task, as in a server.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

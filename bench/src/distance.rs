@@ -39,7 +39,7 @@ pub struct DistanceArguments {
     json: bool,
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
+/// Runs the benchmark until it ends or is interrupted, and then stops the servers.
 pub async fn run(arguments: DistanceArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

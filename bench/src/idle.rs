@@ -54,7 +54,7 @@ impl Handler for Nothing {
     }
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
+/// Runs the benchmark until it ends or is interrupted, and then stops the server.
 pub async fn run(arguments: IdleArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

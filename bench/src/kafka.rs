@@ -38,7 +38,7 @@ pub struct KafkaArguments {
     json: bool,
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
+/// Runs the benchmark until it ends or is interrupted, and then stops the server.
 pub async fn run(arguments: KafkaArguments) -> Result<(), Failure> {
     let brokers = std::env::var("KAFKA_BROKERS").map_err(|_| "KAFKA_BROKERS is not set: which Kafka is measured?")?;
     let server = Server::start(&arguments.directory)?;

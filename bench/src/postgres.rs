@@ -241,7 +241,7 @@ impl<'s> Bench<'s> {
     }
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the server.
+/// Runs the benchmark until it ends or is interrupted, and then stops the server.
 pub async fn run(arguments: PostgresArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

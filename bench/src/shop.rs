@@ -57,7 +57,7 @@ pub struct ShopArguments {
     json: bool,
 }
 
-/// Runs the benchmark until it ends or is interrupted. In both cases, stops the servers.
+/// Runs the benchmark until it ends or is interrupted, and then stops the servers.
 pub async fn run(arguments: ShopArguments) -> Result<(), Failure> {
     let server = Server::start(&arguments.directory)?;
     Server::until_interrupted(measure(&arguments, &server)).await

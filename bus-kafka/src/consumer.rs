@@ -44,7 +44,8 @@ const FIXED: [(&str, &str); 5] = [
     ("partition.assignment.strategy", "cooperative-sticky"),
     ("group.protocol", "classic"),
 ];
-/// How often the client is polled even without a wake-up. Without polls, the group would consider this member dead.
+/// The interval at which the client is polled even if nothing wakes the member. Without polls, the group would consider
+/// this member dead.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The minimum time between the start of a client and the start of the client that replaces it after a fatal error. If
@@ -62,7 +63,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a stopping member then waits for its leave request to be sent: a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
-/// How long a process waits until its members have left the group. If the broker answers, a few seconds are enough.
+/// How long a process waits for its members to leave the group. A few seconds are enough if the broker answers.
 const CLOSE: Duration = Duration::from_secs(5);
 /// The longest `group.instance.id` that brokers accept.
 const INSTANCE_ID_MAX: usize = 249;
@@ -218,25 +219,26 @@ pub(crate) struct Member {
     news: Arc<Notify>,
     cluster: Arc<str>,
     assigned: BTreeMap<Place, Assigned>,
-    /// The partitions of a client that has ended, until the next poll reports them.
+    /// The partitions that a client held when it ended. The next poll reports them as revoked.
     gone: Vec<Partition>,
-    /// The partitions that the last poll reported as revoked. The next poll gives these partitions up.
+    /// The partitions that the last poll reported as revoked. The next poll releases them.
     leaving: Option<Vec<Place>>,
-    /// The partitions that no longer match their bookmark, until a poll reports them.
+    /// The partitions whose topic was wiped, so that they no longer match their [`Bookmark`]. The next poll reports
+    /// them.
     wiped: Vec<Partition>,
-    /// The offsets that were removed before they were read, until a poll reports them.
+    /// The offsets that were removed before this member read them. Each poll reports one range.
     lost: Vec<(Partition, Range<i64>)>,
     /// Whether the client asked some partition for an offset that does not exist.
     out_of_range: bool,
     /// The request in flight, if any, that checks whether the lost brokers answer again.
     asking: Option<JoinHandle<Result<(), KafkaError>>>,
-    /// The request in flight, if any, for the offsets that exist.
+    /// The request in flight, if any, that asks which offsets exist.
     ranging: Option<JoinHandle<Result<OffsetRanges, KafkaError>>>,
 }
 
 impl Member {
-    /// Joins a group. If `instance` is given, it must be unique to this member; the member then rejoins as the same
-    /// member as before.
+    /// Joins a group. If `instance` is given, it must be unique to this member. A member that joins again with the same
+    /// `instance`, for example after a restart, counts as the same member.
     pub fn join(
         settings: &Settings,
         cluster: Arc<str>,
@@ -272,8 +274,9 @@ impl Member {
     fn start(&mut self) -> Result<(), BusError> {
         let mut config = self.settings.consumer();
         config
-            // A dead member is replaced within this time, which is the shortest that brokers allow by default. The
-            // client sends heartbeats in the background, so a member that handles a long batch does not count as dead.
+            // If a member dies, the group reassigns its partitions after this time, which is the shortest timeout that
+            // brokers allow by default. The client sends heartbeats in the background, so a member that handles a long
+            // batch does not count as dead.
             .set("session.timeout.ms", "6000")
             .set("heartbeat.interval.ms", "500")
             .set("max.poll.interval.ms", "300000")
@@ -366,8 +369,8 @@ impl Member {
             }
             drop(consumer);
         };
-        // The client waits for a broker, possibly for ever. A runtime that ends waits for the client, too, but for at
-        // most `CLOSE`.
+        // A client that closes waits for a broker, possibly for ever. When the Tokio runtime shuts down, the runtime
+        // waits for the client too, but for at most `CLOSE`.
         let (ends, ended) = mpsc::channel::<()>();
         let closing = std::thread::Builder::new().name("kafka-close".to_owned()).spawn(move || {
             close();
@@ -454,7 +457,7 @@ impl Member {
         self.fetch(place, Offset::Offset(position), check)
     }
 
-    /// Gives up the partitions that the last poll reported as revoked; another member owns them from here on.
+    /// Releases the partitions that the last poll reported as revoked. After that, another member may own them.
     async fn let_go(&mut self) -> Result<(), BusError> {
         let Some(places) = self.leaving.take() else { return Ok(()) };
         let mut list = TopicPartitionList::new();
@@ -695,7 +698,8 @@ impl Consumer for Member {
         if let Some(assigned) = self.assigned.get_mut(&place) {
             assigned.acknowledged = Some(next);
         }
-        // The client commits this offset within a second. The offset does not affect where the service continues.
+        // The client commits this offset within a second. The service does not use this offset: it continues from the
+        // offset in its store.
         if let Err(error) = self.consumer()?.store_offset(&place.0, place.1, next - 1) {
             tracing::debug!(%error, topic = %place.0, partition = place.1, "the offset was not stored for the broker");
         }
@@ -710,7 +714,8 @@ impl Drop for Member {
 }
 
 /// Notifies the group that this member leaves, so that other members take over its partitions at once. Without this
-/// notification, a member with an instance id stays in the group in case the process comes back.
+/// notification, the group keeps a member with an instance id until its session times out, in case the process comes
+/// back.
 fn leave(consumer: &BaseConsumer<MemberContext>) {
     consumer.unsubscribe();
     let mut until = Instant::now() + LEAVE;

@@ -22,7 +22,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
-/// How often the read checks whether the caller is gone.
+/// The interval at which the read checks whether the caller has dropped the receiver.
 const LOOK: Duration = Duration::from_millis(200);
 /// The maximum number of messages that are read ahead of the caller.
 const AHEAD: usize = 1_000;
@@ -91,7 +91,8 @@ impl Contents {
     }
 }
 
-/// The context of a client that reads its partitions to the end. The client reports each end as an error.
+/// The context of a client that reads its partitions to the end. The client reports the end of each partition as an
+/// error, which is not logged.
 pub(crate) struct UntilEnd;
 
 impl ClientContext for UntilEnd {
@@ -104,9 +105,9 @@ impl ClientContext for UntilEnd {
 
 impl ConsumerContext for UntilEnd {}
 
-/// Starts each partition at its offset in `from`, which lists the topic under the name `named`. A partition starts at
-/// the first offset that still exists if `from` has no offset for the partition, or if that offset is outside the
-/// present range.
+/// Starts each partition at its offset in `from`, where the name of the topic is `named`. A partition starts at the
+/// first offset that still exists if `from` has no offset for the partition, or if that offset is outside the present
+/// range.
 fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &str) -> Result<TopicRanges, KafkaError> {
     let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
     let count = metadata.topics().first().map_or(0, |found| found.partitions().len()) as i32;
@@ -127,7 +128,7 @@ fn begin(consumer: &BaseConsumer<UntilEnd>, topic: &str, from: &Ends, named: &st
     Ok((ranges, held))
 }
 
-/// Runs until every partition is at its end, or the caller is gone.
+/// Sends messages to the caller until every partition is read to its end, or the caller has dropped the receiver.
 fn read(
     consumer: &BaseConsumer<UntilEnd>,
     ranges: &[Range<i64>],

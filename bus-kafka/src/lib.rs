@@ -15,8 +15,8 @@
 //! monitor the lag. Missing topics are created with the number of partitions in [`Settings`]. The bus writes
 //! CloudEvents 1.0 in binary mode, which any client can read, and also reads structured mode.
 //!
-//! A [prefix](Settings::prefix) is part of the names that topics and groups have on the cluster. Calls of [`KafkaBus`],
-//! deliveries and the checkpoints of services use the names without the prefix.
+//! A [prefix](Settings::prefix) is part of the names that topics and groups have on the cluster. The methods of
+//! [`KafkaBus`], deliveries, and the checkpoints of services use the names without the prefix.
 
 #![warn(missing_debug_implementations)]
 
@@ -127,7 +127,7 @@ impl Publisher for KafkaBus {
             self.topics.forget();
         }
         self.add_prefix(&mut messages);
-        // Checks all messages before sending any of them, because a message must not overtake an earlier message that
+        // All messages are checked before any of them is sent, because no message may overtake an earlier message that
         // is refused.
         let mut last: Option<&Arc<str>> = None;
         let mut bytes_max = 0;

@@ -44,11 +44,12 @@ const DISTANT: Duration = Duration::from_millis(2);
 const DISTANT_CLIENTS: usize = 8;
 /// The maximum number of messages that wait in the clients of a producer.
 const MESSAGES_MAX: usize = 100_000;
-/// The maximum size of the messages that wait in the clients of a producer, in kilobytes.
+/// The maximum size of the messages that wait in the clients of a producer, in kilobytes. If brokers are distant,
+/// [`CLIENT_KBYTES_MIN`] doubles this maximum.
 const KBYTES_MAX: usize = 65_536;
 /// The minimum share that each client gets of [`KBYTES_MAX`]. The largest message must fit into this share.
 const CLIENT_KBYTES_MIN: usize = 16_384;
-/// How often a full queue is checked even if nothing was delivered.
+/// The interval at which a full queue is checked even if nothing was delivered.
 const FULL_TICK: Duration = Duration::from_millis(100);
 
 /// Settings on which the order of messages depends.
@@ -71,7 +72,7 @@ const FIXED: [(&str, &str); 9] = [
     ("delivery.timeout.ms", "0"),
 ];
 
-/// One batch in flight.
+/// A batch in flight: the messages of one call of [`Producer::send`].
 struct Batch {
     left: AtomicUsize,
     failed: Mutex<Option<BusError>>,
@@ -120,7 +121,8 @@ impl Gate {
         Arc::new(Self { client, under_way: AtomicUsize::new(0), acknowledged_ms: AtomicU64::new(0) })
     }
 
-    /// Returns whether a message may pass now. Acknowledgements from before the last error of any client do not count.
+    /// Returns whether a message may be sent now. Acknowledgements from before the last error of any client do not
+    /// count.
     fn pass(&self, now_ms: u64, erred_ms: u64) -> bool {
         let acknowledged_ms = self.acknowledged_ms.load(Ordering::Acquire);
         if acknowledged_ms > erred_ms && now_ms.saturating_sub(acknowledged_ms) < KNOWN_MS {
@@ -208,7 +210,7 @@ impl ProducerContext for Callbacks {
 }
 
 impl SendContext {
-    /// Makes all clients stop. Later messages fail with the reason of the first failure.
+    /// Makes all clients stop. Later messages fail with the reason for the first failure.
     fn fail(&self, reason: &str) {
         self.broken.get_or_init(|| reason.to_owned());
     }
@@ -306,7 +308,8 @@ impl Clients {
         let mut config = settings.client();
         config
             // This delay is long enough to batch the messages of one call. Messages that arrive while requests are in
-            // flight are batched anyway. A single message waits this long at each hop.
+            // flight are batched anyway. A message that is sent alone waits this long. In a chain of services, each
+            // service adds this delay.
             .set("linger.ms", "0.1")
             .set("compression.type", "lz4")
             // Every topic exists before the first message is sent. If a topic is unknown to brokers for longer than
@@ -335,7 +338,7 @@ impl Clients {
         Ok(Arc::new(Self { context, clients }))
     }
 
-    /// Drops all messages that no broker has acknowledged. Their receipts report an error.
+    /// Drops all messages that no broker has acknowledged. The receipts of these messages report an error.
     fn purge(&self) {
         for client in &self.clients {
             client.purge(PurgeConfig::default().queue().inflight().non_blocking());
@@ -416,7 +419,8 @@ impl Producer {
             for index in next {
                 let Outgoing { topic, message } = &messages[index];
                 let gate = context.gate(topic, partitions[index]);
-                // A message must also wait if an earlier message to the same partition waits; other partitions proceed.
+                // A message must also wait if an earlier message to the same partition is waiting. Messages to other
+                // partitions need not wait.
                 if closed.iter().any(|closed| Arc::ptr_eq(closed, &gate)) {
                     held.push(index);
                     // The time is read for each message, because a full client may have blocked the previous message
@@ -489,7 +493,8 @@ async fn hand_over(
     }
 }
 
-/// A guard that, when dropped, settles the messages that were never handed over.
+/// The number of messages of a batch that were not handed to the client. When this guard is dropped, they no longer
+/// count as open.
 struct Unsent<'a> {
     batch: &'a Batch,
     count: usize,

@@ -1,5 +1,4 @@
-//! Reads the messages that a service has sent since the offsets that the service remembers, from several topics at
-//! once.
+//! Reads, from several topics at once, the messages that a service has sent after the offsets that it recorded last.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -25,11 +24,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long brokers may stay silent before the read fails.
 const SILENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(200);
-/// How many messages at the end of a partition to inspect if the service remembers no end of that partition. These
-/// messages include the last message of the service, unless other services have sent as many messages since.
+/// The number of messages to inspect at the end of a partition if the service has not recorded an end of that
+/// partition. The last message of the service is among them, unless other services have sent this many messages to the
+/// partition since then.
 const LAST: i64 = 1_000;
-/// The same limit for a partition for which the service remembers an end. Other services may have sent many messages
-/// while the service was down.
+/// The maximum number of messages to inspect in a partition if the service has recorded an end of that partition. Other
+/// services may have sent many messages while this service was down.
 const SINCE_MAX: i64 = 10_000;
 /// The maximum number of messages returned. The caller needs no more than the first message that is missing from the
 /// log.
@@ -74,7 +74,7 @@ fn begin(consumer: &BaseConsumer<UntilEnd>, ends: &Ends) -> Result<HashMap<Place
         let known = ends.of(&place.0, place.1.cast_unsigned());
         let from = match known {
             Some(known) if known <= next => known.max(next - SINCE_MAX),
-            // Either the topic was created again, or the service remembers no end of this partition.
+            // Either the topic was created again, or the service has recorded no end of this partition.
             _ => next - LAST,
         };
         let from = from.max(first);

@@ -297,7 +297,7 @@ fn is_known_to_client(name: &str, value: &str) -> bool {
 pub(crate) fn misconfigured(error: KafkaError) -> BusError {
     BusError::Misconfigured(match error {
         KafkaError::ClientConfig(_, reason, name, value) => {
-            // Some of the client's reasons repeat the value, or one element if the value is a list.
+            // The client's reason may repeat the value or, if the value is a list, one of its elements.
             let repeats = value.split(',').any(|part| !part.is_empty() && reason.contains(part));
             let reason = if repeats { "the client rejects the value" } else { &*reason };
             format!("Kafka client setting {name}: {reason}")

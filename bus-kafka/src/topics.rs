@@ -20,12 +20,12 @@ use crate::settings::{Settings, misconfigured};
 
 /// How long a cluster may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// While no broker answers, how often to check whether a broker has rejected the connection.
+/// The interval at which to check, while no broker answers, whether a broker has rejected the connection.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long all brokers may take to learn of a new topic.
 const SETTLED: Duration = Duration::from_secs(10);
-/// A topic of the cluster itself. The round trip to a broker is measured with requests for this topic, because such a
-/// request has the same size everywhere. It does not matter whether the caller may see the topic.
+/// An internal topic of Kafka. The round trip to a broker is measured with metadata requests for this topic, because
+/// such a request has the same size on every cluster. The measurement also works if the caller may not see the topic.
 const EXISTING: &str = "__consumer_offsets";
 /// The default maximum message size of brokers, in bytes.
 const MESSAGE_BYTES_DEFAULT: usize = 1_000_000;

@@ -15,7 +15,7 @@ const LETTERS: usize = 20;
 /// Half of the time that the test would take if each letter waited for the regular poll, which runs once a second.
 const SECONDS: Duration = Duration::from_secs(LETTERS as u64 / 2);
 
-/// Sends letters one by one, and gives the client time to call back before each letter.
+/// Sends messages (letters) one by one, and waits before each of them, so that the client has time to call back.
 async fn keeps_no_letter_waiting(settings: Settings) {
     let bus = KafkaBus::connect(settings.partitions(1)).await.unwrap();
     let topic = format!("letters-{}", Uuid::new_v4().simple());

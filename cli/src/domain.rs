@@ -51,7 +51,7 @@ impl Domain {
         self.read_models.insert(R::NAME, Arc::new(projection));
     }
 
-    /// Returns the handler with this name. Only handlers that can safely see events twice are registered here.
+    /// Returns the handler with this name. Services register only handlers that may safely handle an event twice.
     pub fn handler(&self, name: &str) -> Result<Arc<dyn Handler>, Failure> {
         let found = self.handlers.get(name).cloned();
         found.ok_or_else(|| unknown("replayable handler", name, self.handlers.keys()))

@@ -8,8 +8,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-/// Appends one event as a line, with its line ending. This code formats the line itself, for speed: an export may have
-/// a million lines. Apart from the field names, the line holds exactly what [`EventLine`] reads.
+/// Appends one event to `line` as a line of JSON that ends with a line break. This code formats the line itself, for
+/// speed: an export may have a million lines. Apart from the field names, the line holds exactly what [`EventLine`]
+/// reads.
 ///
 /// `is_json`: whether the caller knows that payload and metadata are JSON.
 pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
@@ -90,7 +91,7 @@ fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
     digits((time.nanosecond() / 1_000).min(999_999), 6, b'Z');
 }
 
-/// A line that was read, borrowing from the text of the line.
+/// A parsed line, whose strings borrow from the text of the line.
 #[derive(Deserialize)]
 pub(crate) struct EventLine<'a> {
     position: i64,

@@ -34,7 +34,7 @@ fn draw(what: &'static str, total: u64) -> ProgressBar {
         // A line that is too long wraps, and the next redraw would overwrite only one of its parts.
         _ => "{prefix} {human_pos:.cyan}/{human_len} {eta} left",
     };
-    // Without its style the bar still works, so an invalid template is not an error.
+    // Without this style, the bar still works, so an invalid template is not an error.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

@@ -9,7 +9,8 @@ use crate::common::CommonArgs;
 #[derive(Clone)]
 pub(crate) struct ResumeCommand {
     name: &'static str,
-    /// The common options from the command line. Options from the environment need no copy, since they stay set there.
+    /// The common options from the command line. Options from environment variables are not repeated, because the
+    /// variables stay set.
     typed: Vec<String>,
 }
 

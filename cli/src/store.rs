@@ -109,7 +109,7 @@ enum Driver {
 pub(crate) enum OpenError {
     Missing,
     Outdated,
-    /// The schema was renamed. Holds the new name.
+    /// The schema was renamed to this name.
     Renamed(String),
     Other(String),
 }

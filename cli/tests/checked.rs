@@ -39,7 +39,7 @@ async fn check_history_reports_changed_events_and_sagas() {
         planned("charge card", |j| StepRequest::to("agency", &Step::Charge { trip_id: j.trip_id.to_uppercase() }));
     assert_eq!(ops().events::<TripEvent>().saga(other_command).run(words()).await, ExitCode::from(1));
 
-    // The generic command knows the events of no service.
+    // The generic command does not know any service's events.
     let told = place.annals(&["check-history", "--against", &file]);
     assert_eq!(told.code, 1);
     assert!(told.out.contains("event type trip.ordered is unknown to this build"), "{}", told.out);

@@ -24,7 +24,7 @@ fn annals(store: &Path, words: &[&str]) -> Ended {
     ended(command)
 }
 
-/// Returns everything in a file, read with SQL.
+/// Returns the events and documents of a store file, read with SQL.
 async fn contents(path: &Path) -> (Vec<String>, Vec<String>) {
     let options = SqliteConnectOptions::new().filename(path);
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
@@ -253,7 +253,7 @@ async fn finished_streams_are_archived_and_read_from_the_file() {
     assert!(place.annals(&archive).refused().contains("exists already"));
     for stream in ["saga.journey-fine-1", "saga.journey-poor-1", "trip-odd-1"] {
         let words = ["read", stream, "--archive", file, "--json"];
-        // The command reads no store.
+        // With `--archive`, the command does not open the store.
         let read = annals(&place.file("nowhere.db"), &words).fine();
         assert_eq!(read, place.annals(&["read", stream, "--json"]).fine());
     }

@@ -1,4 +1,4 @@
-//! The command on PostgreSQL. Run by `./test`, which starts a server.
+//! Tests of the command on PostgreSQL. `./test` starts a server and runs them.
 #![allow(clippy::unwrap_used)]
 
 #[cfg(unix)]
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use travel::{Ended, TRIPS, command, ended, travel};
 
-/// A schema of its own, dropped after the test.
+/// A schema for one test, which is dropped after the test.
 struct Schema(String);
 
 impl Schema {

@@ -250,7 +250,7 @@ async fn verify_finds_changes_to_seals() {
     assert_eq!(faults(&removed, &["--expect", &hash]), [format!("seals: no seal has the expected hash {hash}")]);
 }
 
-/// Returns the place of an event as faults name it.
+/// Returns the place of an event in the words that faults use for it.
 async fn place_of(place: &Place, position: i64) -> String {
     let options = SqliteConnectOptions::new().filename(place.file("travel.db"));
     let mut connection = SqliteConnection::connect_with(&options).await.unwrap();

@@ -232,7 +232,7 @@ pub async fn members_share_partitions<S: Subject>() {
     let all = S::PARTITIONS as usize;
     let one = crew.start(1).await;
     crew.until("one member owns all partitions", |roll| roll.owners.len() == all).await;
-    // Nothing was published. A member that is waiting for messages must notice the rebalance anyway.
+    // Nothing has been published so far, but a member that waits for messages must notice the rebalance anyway.
     let two = crew.start(2).await;
     crew.until("both members own partitions", |roll| {
         roll.owners.len() == all && roll.owners() == BTreeSet::from([1, 2])

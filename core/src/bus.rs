@@ -285,10 +285,10 @@ pub trait Bus: Publisher {
         self.join(group, topics).await
     }
 
-    /// Returns the messages that a service has sent to the topics in `ends`, from the known end of each partition on.
-    /// The messages of each partition are in order. When a service starts, it uses these messages to check that its log
-    /// contains everything that it has sent. If there are many messages, the result may omit some of them, but never
-    /// the most recent ones. A bus that exists only inside one process returns no messages.
+    /// Returns the messages that a service has sent to the topics in `ends`, starting at the known end of each
+    /// partition. The messages of each partition are in order. When a service starts, it uses these messages to check
+    /// that its log contains everything that it has sent. If there are many messages, the result may omit some of them,
+    /// but never the most recent ones. A bus that exists only inside one process returns no messages.
     async fn sent_since(&self, _service: &str, _ends: &Ends) -> Result<Vec<Delivery>, BusError> {
         Ok(Vec::new())
     }

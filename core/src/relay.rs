@@ -461,8 +461,8 @@ impl Publication<'_> {
                 () = tokio::time::sleep_until(self.stalls_at), if waits => self.stalls_at = stall(self.worker),
                 () = self.shutdown.cancelled(), if !stopping => {}
                 () = self.claim.ends(), if !stopping => {}
-                // Consumers in this process stop too, so a receipt may never arrive. Messages that no consumer handles
-                // any more are published again after the next start.
+                // Consumers in this process stop too, so a receipt may never arrive. Messages that no consumer has
+                // handled by then are published again after the next start.
                 () = tokio::time::sleep_until(self.patient_until), if stopping => break,
             }
         }
@@ -506,8 +506,8 @@ impl Publication<'_> {
             tokio::select! {
                 biased;
                 published = &mut publishing => break published,
-                // The publisher waits for room in its buffer. Messages that are already in the buffer are published
-                // again later.
+                // While the publisher waits for room in its buffer, the relay may have to stop. Messages that are
+                // already in the buffer are then published again later.
                 () = self.shutdown.cancelled() => return Ok(false),
                 () = self.claim.ends() => return Ok(false),
                 () = tokio::time::sleep_until(self.stalls_at) => self.stalls_at = stall(self.worker),

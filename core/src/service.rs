@@ -208,7 +208,7 @@ impl Service {
         self
     }
 
-    /// Consumes other services' topics.
+    /// Adds a group, which consumes the topics of other services.
     pub fn consume(mut self, group: Group) -> Self {
         self.groups.push(group);
         self
@@ -499,9 +499,9 @@ impl Runtime {
         self.start_boxed(services, bus).await
     }
 
-    /// Starts services, as a boxed future. The code of an async function is compiled in the crate that runs its future.
-    /// The box makes this crate that crate, so that the engine is not compiled again in every program that starts a
-    /// runtime.
+    /// Starts services, as a boxed future. The compiler generates the code of an async function in the crate that polls
+    /// its future. Because the future is boxed here, that crate is this one, and the engine is not compiled again in
+    /// every program that starts a runtime.
     fn start_boxed(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> BoxFuture<'_, Result<(), StartError>> {
         self.start_all(services, bus).boxed()
     }

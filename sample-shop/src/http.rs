@@ -1,4 +1,4 @@
-//! The HTTP interface of the order service, and the health probes of every service.
+//! The HTTP interface of the order service.
 
 mod bodies;
 mod follower;

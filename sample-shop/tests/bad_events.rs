@@ -18,7 +18,7 @@ fn run(store: &Path, verb: &str) -> Output {
     command.output().unwrap()
 }
 
-/// Appends an event with SQL, as a program without this library, or with a newer version of this library, would.
+/// Appends an event with SQL, as another program or a newer version of this library would.
 async fn append(store: &Path, stream: &str, type_name: &str, schema_version: i32, data: &str) {
     let options = SqliteConnectOptions::new().filename(store);
     let mut file = SqliteConnection::connect_with(&options).await.unwrap();

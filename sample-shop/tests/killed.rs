@@ -62,7 +62,7 @@ async fn look_from_outside(store: &Path) -> Value {
         pence += sign * sum;
     }
     assert_eq!(units["reserved"].as_i64(), units["released"].as_i64().map(|n| n + units["shipped"].as_i64().unwrap()));
-    // The shop keeps exactly the price of the confirmed orders.
+    // All charges minus all refunds are exactly the price of the confirmed orders.
     let confirmed = "SELECT coalesce(sum(CAST(round(100 * json_extract(placed.data, '$.total')) AS INTEGER)), 0) FROM events AS placed \
          JOIN events AS confirmed USING (stream_id) WHERE placed.type = 'order.placed' AND confirmed.type = 'order.confirmed'";
     let price: i64 = sqlx::query_scalar(confirmed).fetch_one(&mut file).await.unwrap();

@@ -54,7 +54,7 @@ fn declines_and_cancellations_equal_those_of_one_process() {
     assert_eq!(business(&again), expected);
     let said = String::from_utf8_lossy(&again.stderr);
     assert!(said.contains("400 orders and returns were in the store already"), "{said}");
-    // With other stock, the input counts as a different input.
+    // The shop refuses the same orders with another opening stock.
     let other = [&UNLUCKY[..8], &["--stock-factor", "0.9"]].concat();
     let refused = shop.buy(&other);
     let said = String::from_utf8_lossy(&refused.stderr);

@@ -114,7 +114,7 @@ pub(crate) struct DocumentState<'g> {
     pub(crate) key: &'g DocumentKey,
     /// The document's version before the group; `None` accepts any version.
     pub(crate) base: Option<i64>,
-    /// Whether the group removes the document, after which the document's versions start again.
+    /// Whether the group removes the document. The versions of the document then start again at 1.
     pub(crate) fresh: bool,
     pub(crate) steps: i64,
     /// The last put that takes effect.

@@ -199,7 +199,7 @@ pub(crate) struct Database {
     /// Whether a pooler may assign the session to another client after each transaction. The store then leaves no state
     /// in a session: settings apply per transaction, statements have no names, and no session listens.
     pub(crate) pooled: bool,
-    /// Whether the role is an operator, which may append only operator acts.
+    /// Whether the role is an operator, which may append only the events of operator actions.
     pub(crate) operates: bool,
     /// The server's time, updated by every query for new events.
     pub(crate) clock: Clock,

@@ -94,7 +94,8 @@ impl Replay {
         self
     }
 
-    /// Selects only events recorded at these times. The replay then examines every event, because times have no index.
+    /// Selects only events recorded within this range of times. The replay then examines every event, because the times
+    /// have no index.
     pub fn recorded(mut self, times: impl RangeBounds<DateTime<Utc>>) -> Self {
         self.recorded = (times.start_bound().cloned(), times.end_bound().cloned());
         self
@@ -230,7 +231,7 @@ impl PostgresStore {
     }
 
     /// Replays events byte for byte, in batches. For each batch, the stream returns the value that `take` has
-    /// accumulated from the events of the batch. Separate tasks call `take`.
+    /// accumulated from the events of the batch. Several tasks run `take` in parallel, each on its own batch.
     ///
     /// ```no_run
     /// # async fn bytes(store: annals_postgres::PostgresStore) -> Result<(), annals::StoreError> {
@@ -323,7 +324,7 @@ fn undecodable(row: &Row<'_>, source: EventError) -> DecodeError {
     DecodeError { stream: row.stream(), version: row.version, position: row.position, source }
 }
 
-/// The task that reads.
+/// The task that reads the log, one page after another, and sends batches to the decoding tasks.
 struct Copier {
     shared: Arc<Shared>,
     statement: String,

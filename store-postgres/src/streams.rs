@@ -62,7 +62,7 @@ impl Streams {
                     outcome = &mut answered => break outcome,
                     reader = readers.get() => reader.map_err(read_error)?,
                 };
-                // This read is in the batch, or another task has taken it.
+                // The next batch contains this read, unless another task has already taken the read.
                 let batch = self.next_batch();
                 if batch.is_empty() {
                     drop(reader);

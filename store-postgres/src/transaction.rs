@@ -1,4 +1,4 @@
-//! A transaction in which a user's handler writes, up to the commit that ends the transaction. No other transaction is
+//! The transaction in which a user's handler writes. The store's commit ends it. Only this kind of transaction stays
 //! open while a user's code runs.
 //!
 //! The transaction has a connection of its own, which is dropped after any problem, such as a cancelled future or an
@@ -27,9 +27,9 @@ const SAVEPOINTS_MAX: u64 = 32;
 /// changed stay locked during the retries.
 const RACES_MAX: u32 = 4;
 
-/// The settings for the user's SQL. They let the server plan the user's SQL as usual, whereas the store's own SQL uses
-/// only index seeks. They also limit the duration of a statement, the wait for a lock, and the time for which the
-/// server keeps an idle transaction, for example while a batch waits for an unavailable store.
+/// The settings for the user's SQL. These settings let the server plan the user's SQL as usual, whereas the store's own
+/// SQL uses only index seeks. The settings also limit the duration of a statement, the wait for a lock, and the time
+/// for which the server keeps an idle transaction, for example while a batch waits for an unavailable store.
 const SETTINGS_OF_USER: &str = "SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; \
      SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on; SET LOCAL plan_cache_mode = auto; \
      SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'; \
@@ -63,7 +63,8 @@ impl Idle {
     async fn connect(database: &Database) -> Result<Self, sqlx::Error> {
         let (history, mut connection) = database.connect(Purpose::Write).await?;
         // From here on, sqlx always counts one transaction as open, so that a user's `begin` creates a savepoint within
-        // the store's transaction. The store's own transactions begin and end without sqlx's knowledge.
+        // the store's transaction. The store begins and ends its own transactions with raw SQL, so sqlx does not count
+        // them.
         std::mem::forget(connection.begin().await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut connection).await?;
         Ok(Self(history, connection))

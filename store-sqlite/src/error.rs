@@ -192,8 +192,8 @@ pub(crate) fn write_error(error: &sqlx::Error) -> CommitError {
 }
 
 /// Classifies the failure of COMMIT itself. If there was no space, or if the lock was not free, the last frame of the
-/// commit cannot have been written. After any other failure, for example of the sync that follows, the next process
-/// that opens the file may find the commit there.
+/// commit cannot have been written. After any other failure, for example if the sync of the file fails, the next
+/// process that opens the file may find the commit in it.
 pub(crate) fn commit_error(error: &sqlx::Error) -> CommitError {
     match fault(error) {
         Fault::Busy | Fault::Full => write_error(error),

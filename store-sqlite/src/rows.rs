@@ -1,4 +1,4 @@
-//! Inserts many rows with one statement. The number of rows in a statement is one of a few fixed widths.
+//! Inserts many rows with one statement. The number of rows in a statement is one of a few fixed numbers.
 
 use std::sync::LazyLock;
 
@@ -7,8 +7,9 @@ use sqlx::{Arguments, SqliteConnection, error::BoxDynError, sqlite::SqliteArgume
 
 use crate::group::{DocumentRow, EventRow};
 
-/// The widths. For each width, the connection keeps one prepared statement. Rows that are not needed are bound to NULL
-/// and cost next to nothing. An insert therefore takes one statement per 256 rows, for any number of rows.
+/// The possible numbers of rows (widths) of a statement. For each width, the connection keeps one prepared statement.
+/// Rows that are not needed are bound to NULL and cost next to nothing. An insert therefore takes one statement for
+/// every 256 rows, or part of 256 rows.
 const WIDTHS: [usize; 4] = [1, 8, 64, 256];
 
 static APPEND_EVENTS: LazyLock<[String; 4]> =

@@ -15,8 +15,8 @@ mod sources;
 
 /// The maximum number of lines of a function. A longer function holds more than one idea.
 const FUNCTION_LINES_MAX: usize = 80;
-/// The number of files of each package that import one another in a circle. No number may grow. In the core, these are
-/// the parts of the model checker.
+/// For each package, the number of files that import one another in a circle. The numbers may only decrease. In the
+/// core, these files are the parts of the model checker.
 const FILES_IN_CIRCLES: [(&str, usize); 3] = [("bench", 20), ("core", 3), ("store-postgres", 10)];
 /// The maximum number of rooms of the core. A room is a file or a folder at the top of the sources.
 const CORE_ROOMS_MAX: usize = 20;

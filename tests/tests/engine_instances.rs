@@ -161,8 +161,8 @@ async fn instance_stopped_past_its_lease_changes_nothing_when_resumed() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (stop, stopped) = watch::channel(true);
     let (is_stopped, mut seen) = watch::channel(false);
-    // Only the handler stops, so the heartbeat continues. The other instance uses the same name to make this one look
-    // dead.
+    // Only the handler stops, so the heartbeat continues. The other instance uses the same name, so that this instance
+    // looks dead.
     let zombie = start(&store, "one", Stopping { copier: Copier::new(store.clone()), stopped, is_stopped }).await;
     becomes(&store, &[("one", 8)]).await;
     add_to_all(&store, 1..=10).await;

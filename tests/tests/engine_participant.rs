@@ -188,7 +188,8 @@ async fn repeated_step_and_undo_are_carried_out_once_and_answered_for_each_attem
     desk.send(vec![once.clone(), once.clone()]).await;
     desk.send(vec![once]).await;
     assert_eq!(desk.reply().await, done());
-    // A new attempt shows that the reply has not arrived. An attempt that an operator requests has an old number.
+    // A new attempt shows that the reply has not arrived. An attempt that an operator requests repeats an earlier
+    // number.
     let again = desk.command(step, 2, 2);
     desk.send(vec![again.clone(), again]).await;
     desk.send(vec![desk.command(step, 1, 3)]).await;

@@ -120,7 +120,7 @@ async fn relay_stopped_past_its_lease_sends_only_old_pages() {
     let before = (sql.events().await, pair.sent().await);
     zombie.wake();
     // The woken relay sends the page that it had read, and is fenced when it tries to move its checkpoint. After that,
-    // it takes its share of the lanes again.
+    // the relay takes its share of the lanes again.
     held_by_each_of(&pair, ["one", "other"]).await;
     load.end().await;
     let repeated = pair.agrees().await;

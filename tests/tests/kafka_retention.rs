@@ -309,7 +309,7 @@ async fn lost_reply_is_sent_again_on_an_operators_retry() {
     let replies = format!("{prefix}shop.commands");
     let bank = start("bank").await;
     let shop = start("shop").await;
-    // The bank answers in time, or the saga is stuck until the answer arrives.
+    // If the bank does not answer in time, the saga gets stuck, and goes on when the answer arrives.
     world.request("before", Uuid::new_v4(), None).await;
     world.becomes("before", Status::Completed).await;
     bank.drain(DRAIN).await.unwrap();

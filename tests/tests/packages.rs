@@ -71,8 +71,8 @@ fn published_packages_have_what_a_registry_shows() {
     }
 }
 
-/// A registry refuses a package that depends on a package which the registry does not have. Only dev-dependencies
-/// without a version are left out of the published package.
+/// A registry refuses a package that depends on a package that is not in the registry. Only dev-dependencies without a
+/// version are left out of the published package.
 #[test]
 fn published_packages_depend_only_on_published_packages() {
     let workspace = Metadata::read();

@@ -106,7 +106,7 @@ async fn crash_at_a_gap_loses_no_event_for_readers() {
     assert_eq!((store.history(), store.status().await.unwrap().lost_end), (0, None), "nothing durable was lost");
 }
 
-/// On a standby, no session holds a lock, so every gap would look finished.
+/// On a standby, no session holds a lock, so every gap would look final.
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_on_a_standby_read_and_write_nothing() {
     for pooled in EITHER {

@@ -1,4 +1,4 @@
-//! Values that break other stores are either rejected before anything is written, or returned unchanged. Rows that were
+//! Values that are hard to store are either rejected before anything is written, or returned unchanged. Rows that were
 //! inserted by hand stop no reader and no writer.
 #![allow(clippy::unwrap_used)]
 

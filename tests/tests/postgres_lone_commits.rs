@@ -103,8 +103,8 @@ async fn lone_conflict_uses_no_position() {
     assert_eq!(store.commit(append("thing-1", 1, 1)).await.unwrap().position, Position(2));
 }
 
-/// As long as no other store is connected, no notification is sent. Once another store announces itself, it receives
-/// notifications.
+/// As long as no other store is connected, the store sends no notifications. Once another store announces itself, that
+/// store receives notifications.
 #[tokio::test(flavor = "multi_thread")]
 async fn other_stores_are_notified_as_soon_as_one_listens() {
     let schema = Schema::new();

@@ -27,8 +27,8 @@ enum Cut {
     Told,
 }
 
-/// Returns that error as a protocol message. Each field starts with a letter and ends with a zero byte, and a further
-/// zero byte ends the message.
+/// Returns the error of class 08 as a protocol message. Each field starts with a letter and ends with a zero byte, and
+/// a further zero byte ends the message.
 fn crash_report() -> Vec<u8> {
     let fields = b"SERROR\0VERROR\0C08P01\0Mserver conn crashed?\0\0";
     let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();

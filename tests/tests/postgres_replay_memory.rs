@@ -26,7 +26,7 @@ fn resident() -> i64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Replays 300 MB of events within a tenth of that memory, also with a consumer that is slower than the database.
+/// Replays 300 MB of events in a tenth of that amount of memory, even if the consumer is slower than the database.
 #[tokio::test(flavor = "multi_thread")]
 async fn replay_memory_does_not_grow_with_the_log() {
     const EVENTS: i64 = 300_000;

@@ -103,7 +103,7 @@ async fn each_role_has_only_its_permissions() {
                 Err(code) => assert_eq!((&*code, may[place]), (INSUFFICIENT_PRIVILEGE, false), "{role}: {sql}"),
             }
         }
-        // Even with its permissions, no role can change an event.
+        // No role can change an event. The permissions forbid the change, and a trigger refuses it even from the owner.
         for sql in
             ["UPDATE annals.events SET data = '[]'", "DELETE FROM annals.events", "TRUNCATE annals.events CASCADE"]
         {

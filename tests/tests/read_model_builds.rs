@@ -689,7 +689,7 @@ async fn server_restart_loses_no_view() {
     server.kill();
     let health = runtime.health();
     server.resume().await;
-    // The rebuild may have failed with a reason. In either case, the views are correct.
+    // The rebuild may have succeeded, or failed with a reason. In either case, the views are correct.
     let outcome = rebuilding.await.unwrap();
     eprintln!("the rebuild under the outage: {outcome:?}");
     many(&store, 500, 500).await;

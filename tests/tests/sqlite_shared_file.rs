@@ -126,8 +126,8 @@ async fn commit_waits_for_its_turn() {
     store.close().await.unwrap();
 }
 
-/// A trigger makes the statement fail, because no statement fails on its own. Earlier events in the same group are not
-/// stored either, no lock remains, and the next commit succeeds.
+/// The test uses a trigger to make the statement fail, because no statement fails otherwise. Earlier events in the same
+/// group are not stored either, no lock remains, and the next commit succeeds.
 #[tokio::test]
 async fn commit_that_fails_midway_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

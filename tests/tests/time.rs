@@ -259,7 +259,7 @@ impl OtherClock {
     }
 }
 
-/// The environment variable that names the store which the other process shares.
+/// The environment variable that names the store that the two processes share.
 const SHARED_STORE: &str = "ANNALS_TIME_STORE";
 /// The line that the process prints once all its parts are working.
 const UP: &str = "an instance with another clock is up";

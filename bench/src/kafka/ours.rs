@@ -22,8 +22,8 @@ use crate::{
     postgres::{Measured, histogram, ours::Counter},
 };
 
-/// The interval between checks whether the workload has ended. The interval is so long that the cost of the checks
-/// cannot be measured.
+/// The interval between checks of whether the workload has ended. The interval is so long that the cost of the checks
+/// is negligible.
 const LOOK: Duration = Duration::from_millis(20);
 
 pub async fn bus(brokers: &str, partitions: u32) -> Result<Arc<KafkaBus>, Failure> {

@@ -105,7 +105,8 @@ pub async fn again(url: &str, run: &str, aggregates: usize, times: usize, warm: 
     let repository = Repository::<Counter>::with(Arc::new(store.clone()), Counter::CATEGORY, cached);
     let each = || (0..aggregates).map(|n| (format!("{run}.{n:06}"), 1));
     all(each().collect(), &repository, 1_024, true).await?;
-    // A new session maps the server's memory page by page, which takes longer than all other work of the session here.
+    // Warms up the sessions. A new session maps the server's memory page by page, which would take longer than the
+    // measured work.
     all(each().collect(), &repository, 64, false).await?;
     let commands = (0..times).flat_map(|_| each()).collect();
     let measured = all(commands, &repository, 64, false).await?;

@@ -27,7 +27,7 @@ struct Own {
 }
 
 impl Server {
-    /// Runs the measurement until it ends or is interrupted. In both cases, the caller can stop the server afterwards.
+    /// Runs the measurement until it ends or is interrupted, and then returns, so that the caller can stop the server.
     pub async fn until_interrupted(measuring: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
         tokio::select! {
             measured = measuring => measured,

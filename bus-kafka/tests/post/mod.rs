@@ -1,4 +1,4 @@
-//! Sends and reads the letters of the tests.
+//! Sends and reads letters, the messages of these tests.
 
 use annals::{
     Bus, Consumer, Message, Metadata, Position, Publisher, Version,

@@ -132,7 +132,7 @@ pub(crate) async fn run(
 #[derive(Default)]
 struct Part {
     contents: Contents,
-    /// The last section of the part.
+    /// The last of these sections. Its counts cover the file up to this section.
     section: Section,
 }
 

@@ -245,7 +245,7 @@ async fn list(arguments: &ReadModelArgs, store: &Store, output: &mut Output) -> 
     let rows = loop {
         let collection = live_collection(&*archive, &arguments.name).await?;
         let rows = page(arguments, &*archive, &collection).await?;
-        // If a rebuild swapped the views during the read, the page may lack some views.
+        // If a rebuild has swapped the views during the read, the page may lack some views, so the page is read again.
         if live_collection(&*archive, &arguments.name).await? == collection {
             break rows;
         }

@@ -76,7 +76,7 @@ pub(crate) async fn run(arguments: TailArgs, store: &Store, output: &mut Output)
         if events.history() != history
             && let Some(lost) = events.status().await?.lost_end
         {
-            // Events that were printed and then lost cannot be unprinted.
+            // The log has lost events that may have been printed already, so the output cannot be corrected.
             return Err(StoreError::Unavailable(lost.to_string()).into());
         }
         after = page.next;

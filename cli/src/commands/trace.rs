@@ -101,7 +101,8 @@ async fn begin(what: &str, store: &Store) -> Result<(Uuid, i64), Failure> {
         return Ok((correlation, 1));
     }
     let first = store.port().read_stream(&StreamId::from_stored(what), Version::START, 1).await?;
-    // The request may have written events to other streams before the first event of this stream.
+    // The search starts at the first position, because the request may have written events to other streams before the
+    // first event of this stream.
     first.first().map(|event| (event.metadata.correlation_id, 1)).ok_or_else(|| {
         Failure::new(format!(
             "{what:?} is neither a correlation id, such as {}, nor a stream of this store",

@@ -66,7 +66,7 @@ pub(crate) struct Section {
     pub complete: bool,
 }
 
-/// A document in a line.
+/// The document that a line holds.
 #[derive(Serialize, Deserialize)]
 pub(super) struct DocumentLine<'a> {
     #[serde(borrow)]
@@ -106,7 +106,7 @@ impl<'a> DocumentLine<'a> {
     }
 }
 
-/// A line that holds a document.
+/// The document that a line holds.
 #[derive(Serialize, Deserialize)]
 pub(super) struct DocumentEntry<'a> {
     #[serde(borrow)]

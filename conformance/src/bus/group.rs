@@ -1,4 +1,4 @@
-//! Publishers and group members for the properties.
+//! The publishers and group members with which the suite checks its properties.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

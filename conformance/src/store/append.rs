@@ -169,7 +169,7 @@ pub async fn empty_commit_succeeds<T: StoreUnderTest>() {
     assert_empty(&*store, &[]).await;
 }
 
-/// With such an append, a commit depends on a stream without writing to the stream.
+/// An append without events makes a commit depend on a stream without writing to that stream.
 pub async fn an_append_without_events_only_checks<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

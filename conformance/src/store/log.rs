@@ -128,7 +128,7 @@ pub async fn caught_up_reader_keeps_its_position<T: StoreUnderTest>() {
     }
 }
 
-/// Even the largest positions need no special handling.
+/// A read after a position beyond the end returns no events, even if that position is the largest possible one.
 pub async fn far_position_has_no_events_after_it<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

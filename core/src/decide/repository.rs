@@ -251,8 +251,9 @@ impl<A: Aggregate> Repository<A> {
         let mut stale = Stale::Nothing;
         let mut backoff = Backoff::short();
         let mut unknown = None;
-        // The last attempt whose outcome is unknown, with its decisions. Only the last attempt must be checked, because
-        // each attempt is staged at the versions at which the previous attempt would have been stored.
+        // The last attempt whose outcome is unknown, with its decisions. Only the last attempt must be checked: its
+        // events would have the same versions as the events of the previous attempt, so at most one of the attempts can
+        // be stored.
         let mut unsettled: Option<(Box<Unsettled>, Vec<CommandResult<A>>)> = None;
         for _ in 0..DECISIONS_MAX {
             if let Some((attempt, _)) = &unsettled

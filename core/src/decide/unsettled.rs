@@ -12,8 +12,8 @@ use crate::{
 };
 
 /// A commit with an unknown outcome, which is recognised by its events. The commit expected each stream at a certain
-/// version. If the commit was stored, its events therefore have exactly the versions for which they were staged,
-/// whatever their number and whatever events follow.
+/// version. If the commit was stored, its events therefore have exactly the versions for which they were staged, no
+/// matter how many events there are and which events follow.
 #[derive(Clone, Debug)]
 pub(crate) struct Unsettled {
     /// The staged part of each stream. At least one stream has commands.

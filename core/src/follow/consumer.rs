@@ -31,7 +31,7 @@ const CALM: Duration = Duration::from_secs(3);
 
 /// How long a group waits for the very first message of a topic before the health report names the topic.
 const SILENT_MAX: Duration = Duration::from_secs(30);
-/// How often the group checks for a first message after that.
+/// The interval at which the group then checks whether such a topic has a first message.
 const SILENT_LOOK: Duration = Duration::from_secs(1);
 
 /// A handler that consumes topics as a group. The offsets of the group are documents in the store, and are committed
@@ -128,7 +128,7 @@ impl Group {
                 let known = heard.topics().clone();
                 silent.retain(|topic| !known.contains(topic));
                 for topic in &silent {
-                    // Another instance may receive all messages of the topic.
+                    // The store is checked too, because another instance may receive all messages of the topic.
                     let prefix = format!("{name}/{topic}/");
                     let found =
                         store.scan(CHECKPOINTS, &Scan::After(prefix.as_str().into()), 1).await.unwrap_or_default();
@@ -446,8 +446,8 @@ impl Member {
             }
             let known = self.lane_of.get(partition).map(|index| &self.worker.lanes[*index]);
             match known.filter(|known| !rewind && known.version == lane.version) {
-                // Uses the lane in memory. If the topic was wiped after the checkpoint was written, the checkpoint no
-                // longer shows the position of the lane.
+                // The lane in memory is more reliable than its checkpoint: if the topic was wiped after the checkpoint
+                // was written, the checkpoint no longer shows the position of the lane.
                 Some(known) => lane = known.clone(),
                 None => seeks.push((partition, lane.bookmark())),
             }
@@ -468,8 +468,8 @@ impl Member {
     }
 }
 
-/// Returns the result of the poll that ran ahead, if there is one, and polls otherwise. No message is lost if the
-/// future is dropped.
+/// Returns the result of the poll that ran while the previous batch was handled, if there is one. Otherwise, polls now.
+/// No message is lost if the future is dropped.
 async fn next(ahead: &mut Option<Result<Polled, BusError>>, consumer: &mut dyn Consumer) -> Result<Polled, BusError> {
     match ahead.take() {
         Some(polled) => polled,

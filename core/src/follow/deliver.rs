@@ -27,7 +27,7 @@ const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 #[derive(Clone)]
 enum Refused {
     Not,
-    /// The store has refused the work once. The handler may stage something else.
+    /// The store has refused the work once. The handler may now stage other effects in its place.
     Once(String),
     /// The store has refused the replacement as well.
     Again(String),
@@ -54,8 +54,8 @@ impl Worker {
     /// Handles all items, in as many commits as their size requires. Returns early only when the worker must stop.
     pub async fn deliver(&mut self, items: &[Item]) -> Result<(), Stop> {
         if items.iter().any(|item| self.parked.awaits_build(&item.key)) {
-            // Another instance may have handled parked messages that this build could not handle. New messages then do
-            // not have to wait behind them.
+            // Another instance may have handled parked messages that this build could not handle. If so, new messages
+            // do not have to wait behind the parked messages.
             self.load_parked().await?;
         }
         let mut done = 0;
@@ -165,8 +165,8 @@ impl Worker {
         self.tell(notices);
     }
 
-    /// Reports that the store has refused even the dead letter of a message. Only an operator can find out why, and the
-    /// lane makes no progress until then.
+    /// Reports that the store has refused even the dead letter of a message. The lane makes no progress until an
+    /// operator has removed the cause.
     fn stand_still(&mut self, item: &Item, reason: &str) {
         let id = item.id();
         let key = &item.key;

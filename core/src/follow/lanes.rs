@@ -82,7 +82,7 @@ impl OldLanes {
         Position(self.0.iter().map(|lane| lane.checkpoint.next).max().unwrap_or_default())
     }
 
-    /// Returns the reason why these lanes cannot be finished yet; `None` if they can.
+    /// Returns the reason why these lanes cannot be finished yet, or `None` if they can be finished now.
     pub fn waits_for(&self, instance: Option<&Peer>, name: &str) -> Option<String> {
         let count = self.count();
         if self.0.iter().any(|lane| lane.checkpoint.paused) {
@@ -135,7 +135,7 @@ impl Lanes<'_> {
             if self.commit((0..self.wanted).map(noted).collect()).await? {
                 return Ok(None);
             }
-            // Another process has committed first, or follows the lanes now.
+            // The commit failed, because another process has committed first or follows the lanes now.
             tokio::time::sleep(RACED).await;
         }
     }

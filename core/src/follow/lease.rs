@@ -23,7 +23,8 @@ pub(crate) struct LaneLease {
 
 /// The result of waiting until a lane is assigned to this instance.
 pub(crate) enum Turn {
-    /// The lane is assigned to this instance. The worker has read this checkpoint, if the lane already has one.
+    /// The lane is assigned to this instance. The value is the checkpoint that the worker has read; `None` if the lane
+    /// has no checkpoint yet.
     Acquired(Option<i64>),
     Shutdown,
 }

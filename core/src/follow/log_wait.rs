@@ -17,7 +17,7 @@ use crate::{
 pub(crate) struct LogWait<'a> {
     /// `None` once the wait is over.
     wait: Option<BoxFuture<'a, Result<(), StoreError>>>,
-    /// The end of the wait, if the wait ended during other work.
+    /// The result of the wait, if the wait ended during other work.
     woken: Option<Result<(), StoreError>>,
 }
 
@@ -26,7 +26,7 @@ impl<'a> LogWait<'a> {
         Self { wait: Some(store.wait(position)), woken: None }
     }
 
-    /// Resolves once when the log has events after the position, and never again.
+    /// Resolves when the log has events after the position. After one call has resolved, further calls never resolve.
     pub async fn woken(&mut self) -> Result<(), StoreError> {
         if let Some(woken) = self.woken.take() {
             return woken;

@@ -21,16 +21,16 @@ use crate::{
 /// How often the list of parked messages is read again. In the meantime, an operator may have dropped messages, or a
 /// worker that had lost its lane without noticing may have redriven messages.
 const RECONCILE: Duration = Duration::from_secs(10);
-/// The maximum number of keys that one tick tries before they are due, and the number of due documents that one tick
-/// scans at first. More documents are scanned if none of them belongs to this worker.
+/// The maximum number of keys that one tick retries early, before their messages are due. Also the number of due
+/// documents that one tick scans at first. More documents are scanned if none of them belongs to this worker.
 const DUE_PAGE: usize = 64;
 
 /// The number of documents that are scanned at once for messages that wait for a build. More documents are scanned if
 /// many other messages come first.
 const AWAITING_PAGE: usize = 64;
 const AWAITING_PAGE_MAX: usize = 4_096;
-/// How many failed tries a worker remembers. Beyond this number, the worker forgets all failed tries and tries these
-/// messages again.
+/// The maximum number of failed tries that a worker remembers. Beyond this number, the worker forgets all failed tries
+/// and tries these messages again.
 const TRIED_MAX: usize = 10_000;
 
 fn failed(tried: &Parked, message: Option<&Message>, retries: bool) -> FailedMessage {
@@ -115,7 +115,8 @@ impl Worker {
                         }
                         _ = self.others.as_mut().map(|others| others.tried.insert(tried));
                     }
-                    // Usually, another worker has committed first. After any other error, the next check tries again.
+                    // The usual reason is that another worker has committed first. After any other error, the next
+                    // check tries again.
                     Err(_) => {}
                 }
             }
@@ -221,8 +222,8 @@ impl Worker {
             // An unavailable store is not the message's fault and does not count as an attempt, but the message still
             // waits before the next retry.
             Remedy::AwaitStore => parked.attempts,
-            // This build can handle the message. Earlier attempts do not count, because they were made by builds that
-            // could not handle the message.
+            // This is the first attempt that counts, because earlier attempts were made by builds that could not handle
+            // the message.
             Remedy::RetryMessage | Remedy::Park if parked.awaits_build => 1,
             Remedy::RetryMessage | Remedy::Park | Remedy::AwaitBuild => parked.attempts + 1,
         };

@@ -207,7 +207,8 @@ pub(crate) async fn adopt(store: &dyn EventStore, model: &str, version: u32) -> 
         let mut puts = vec![pointer_at(model, &pointer, at)];
         puts.extend((!is_kept).then(|| created(store, live, Some(0))));
         match store.commit(Commit { appends: Vec::new(), puts }).await {
-            // Another process or a build committed first. The loop reads the result of that commit.
+            // Another process, or a build, has committed first. The next round of the loop reads what that commit
+            // wrote.
             Err(CommitError::DocumentConflict { .. }) => {}
             outcome => return outcome.map(|_| pointer),
         }

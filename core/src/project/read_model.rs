@@ -1,5 +1,5 @@
-//! Read models. Their views are maintained from the log. Rebuilt views are built next to the live views and then
-//! replace them.
+//! Read models. A read model follows the log and keeps views up to date. A rebuild fills new views next to the live
+//! views, and the new views then replace the live views.
 
 use std::{marker::PhantomData, sync::Arc, time::Duration};
 

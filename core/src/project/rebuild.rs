@@ -274,7 +274,8 @@ impl Rebuild {
 
     /// Compares the live views with the rebuilt views, and calls `on_difference` for each view that differs. Both sides
     /// may still be changing. A view whose values differ is therefore read again until both sides are at the same
-    /// position. If that never happens, the difference is reported and counted as uncertain.
+    /// position. If they are not at the same position after several reads, the difference is reported and counted as
+    /// uncertain.
     ///
     /// # Errors
     /// Fails if the store cannot be read, or if other views are swapped in during the comparison.

@@ -50,8 +50,8 @@ const UNHEARD_TIMER: Duration = Duration::from_secs(5);
 /// How long a timer is postponed if its saga has changed in the meantime. After this time, the index has recorded the
 /// new state.
 const MOVED_TIMER: Duration = Duration::from_secs(2);
-/// The maximum number of timers fired in one commit. Each round makes two such commits. A commit takes well under a
-/// tenth of a second, so a round does not delay other work.
+/// The maximum number of timers fired in one commit. Each round makes at most two such commits. A commit takes well
+/// under a tenth of a second, so a round does not delay other work.
 const DUE_PAGE: usize = 128;
 /// How often a process looks for stuck sagas.
 const STUCK_LOOK: Duration = Duration::from_secs(2);
@@ -168,7 +168,7 @@ impl<C: SagaState> Sagas<C> {
     }
 
     /// Returns a message that names a saga that has refused its timer, for example because its migration is wrong. The
-    /// document of such a saga gives the reason until the saga goes on, in this process or in another one.
+    /// document of such a saga gives the reason until the saga continues, in this process or in another one.
     async fn refused(&self) -> Result<Option<String>, StoreError> {
         let refused = self.timers.refused();
         if refused.is_empty() {
@@ -277,10 +277,10 @@ impl<C: SagaState> Sagas<C> {
         heard
     }
 
-    /// Wakes these sagas in one commit. The same commit sets their timers to a later time, so that no query finds the
-    /// timers again before the index has recorded the new states. Returns a description of the failure if the store
-    /// failed. A saga that accepts no input does not keep other sagas from going on, so it is reported separately; see
-    /// [`refused`](Self::refused).
+    /// Passes the due timers to these sagas in one commit. The same commit sets their timers to a later time, so that
+    /// no query finds the timers again before the index has recorded the new states. Returns a description of the
+    /// failure if the store failed. A saga that accepts no input does not keep other sagas from continuing, so that
+    /// saga is reported separately; see [`refused`](Self::refused).
     async fn fire(&self, mut due: Vec<Document>) -> Option<String> {
         let origins = self.origins(&due).await;
         let mut stale = Stale::Nothing;
@@ -422,7 +422,7 @@ fn waiting(body: &Arc<str>, why: &str) -> Arc<str> {
     serde_json::to_string(&status).map_or_else(|_| body.clone(), Arc::from)
 }
 
-/// Why a saga was not woken.
+/// Why the timer of a saga was not fired.
 #[derive(Clone, Debug)]
 enum WakeError {
     /// The store is unavailable; nothing is wrong with the saga.

@@ -22,7 +22,7 @@ use crate::{
 pub struct SagaInstance<C> {
     context: Option<C>,
     unreadable: Option<Arc<str>>,
-    /// The request of an operator that waits to be carried out or declined.
+    /// The operator's request, if any, that the saga has not yet carried out or declined.
     request: Option<SagaRequest>,
     trail: Trail,
     /// The progress of the saga; `None` before it starts.
@@ -125,8 +125,8 @@ pub enum SagaRefusal {
         /// Why the saga cannot continue at the place that the migration returns.
         reason: String,
     },
-    /// The saga is at a place that its definition does not have. The migrations of early builds were not checked and
-    /// could leave a saga in such a place.
+    /// The saga is at a place that its definition does not have. Early builds did not check migrations, so a migration
+    /// could leave a saga at such a place.
     #[error(
         "the saga is at {at}, a place that definition {definition} does not have; abandon the saga, or migrate it \
          from there"
@@ -197,7 +197,7 @@ impl<C: SagaState> Aggregate for SagaInstance<C> {
                 taken.map_err(SagaRefusal::Illegal)?.map(|(reply, moved)| {
                     let Transition { context, progress, send, gave_up, fault, .. } = moved;
                     // A late reply does not answer the request of an operator. While a request waits, the document of
-                    // the saga therefore stays due, and the saga does not go on by itself.
+                    // the saga therefore stays due, and the saga does not continue by itself.
                     let progress = match self.request {
                         Some(_) => marked(progress, ask.now),
                         None => {
@@ -274,9 +274,9 @@ fn carry_out<C: SagaState>(
     SagaEvent::Declined { verb, by, why, progress }
 }
 
-/// Returns the event with which a stuck saga goes on without an operator, if the answer that the saga lacked has
-/// arrived. The saga does what an operator's retry would do. Because the event is that of a retry, the timeline and
-/// builds that do not know this rule understand the history.
+/// Returns the event that lets a stuck saga continue without an operator, if the answer that the saga was waiting for
+/// has arrived. The event is the same as after an operator's retry, so the timeline, and builds that do not know this
+/// rule, understand the history.
 pub(crate) fn go_on<C: SagaState>(
     definition: &Saga<C>,
     saga_id: Uuid,

@@ -14,7 +14,7 @@ pub(super) type Trail = Vec<ReachedStep>;
 /// A step that a saga has reached.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ReachedStep {
-    /// The step under the number by which its participants know the step.
+    /// The step, with the number that its participants know, which may differ from its place in the plan.
     pub(super) at: StepRef,
     pub(super) name: Arc<str>,
     /// The number of participants that were asked.

@@ -38,7 +38,7 @@ struct PathStop {
 }
 
 impl Path {
-    /// Returns the path that the events of one saga describe, from its first event on.
+    /// Returns the path that the events of one saga describe. The events must start with the first event of the saga.
     pub fn of<'a>(events: impl IntoIterator<Item = &'a SagaEvent>) -> Self {
         let mut stops: Vec<PathStop> = Vec::new();
         let mut last: Option<&Progress> = None;

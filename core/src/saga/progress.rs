@@ -21,7 +21,7 @@ pub enum Status {
     /// Every step is undone.
     Compensated,
     /// The saga gave up a step that must succeed, and an operator has to act. If the answer to that step arrives after
-    /// all, the saga goes on.
+    /// all, the saga continues.
     Stuck,
 }
 
@@ -231,7 +231,7 @@ impl Progress {
     }
 }
 
-/// The name that is recorded instead of an operator's name if a stuck saga goes on because a late answer has arrived.
+/// The name that is recorded instead of an operator's name if a stuck saga continues because a late answer has arrived.
 pub const BY_ITSELF: &str = "the saga itself";
 
 /// An action of an operator on a stuck saga.
@@ -240,7 +240,7 @@ pub const BY_ITSELF: &str = "the saga itself";
 pub enum OperatorAction {
     /// Attempt again the step at which the saga is stuck.
     Retry,
-    /// Treat the step as done, and go on.
+    /// Treat the step as done, and continue.
     SkipStep,
     /// Go back and undo the steps. This is possible only up to the pivot; at the pivot, the operator vouches that the
     /// pivot did not happen.

@@ -49,12 +49,13 @@ impl SagaRequest {
     }
 }
 
-/// Returns the progress for an event after which a request waits.
+/// Returns the progress to record in an event after which a request waits.
 pub(super) fn marked(progress: Progress, now: i64) -> Progress {
     Progress { due: Some(now), ..progress }
 }
 
-/// Returns the progress of the saga from the progress that such an event records. The saga itself has no timer.
+/// Returns the progress of the saga itself, from the progress that such an event records. While a request waits, the
+/// saga has no timer.
 pub(super) fn unmarked(progress: Progress) -> Progress {
     Progress { due: None, ..progress }
 }

@@ -127,7 +127,7 @@ impl<C: SagaState> Runner<C> {
         Self { definitions: Arc::new(definitions), starts, query, fault: None }
     }
 
-    /// Returns the sagas in this store, so that code outside of the service can look at them.
+    /// Returns a handle to the sagas in this store, so that code outside of the service can read them.
     pub fn on(&self, store: Arc<dyn EventStore>) -> Sagas<C> {
         let instances = Repository::of_framework(store.clone(), &self.category(), CACHED_AGGREGATES);
         Sagas { runner: self.clone(), instances, store, timers: Timers::default() }
@@ -202,7 +202,7 @@ impl<C: SagaState> Runner<C> {
 
 /// The sagas of one [`Runner`] in one store.
 ///
-/// A service runs the sagas in its own store. [`Runner::on`] returns a handle that looks at the sagas of a store.
+/// A service runs the sagas in its own store. [`Runner::on`] returns a handle that reads the sagas of a store.
 pub struct Sagas<C: SagaState> {
     pub(super) runner: Runner<C>,
     pub(super) instances: Repository<SagaInstance<C>>,

@@ -39,8 +39,8 @@ impl StepCommand {
     pub(crate) fn to_message(command: Command, step_name: &str, event: &Recorded, reply_to: &Arc<str>) -> Message {
         let extensions = [
             (AT, command.at.to_string()),
-            // For people who read the topic: participants know a step by its number. An attribute may not contain control
-            // characters.
+            // The name of the step is only for people who read the topic, because participants know a step by its
+            // number. An attribute may not contain control characters.
             (STEP_NAME, step_name.replace(char::is_control, " ")),
             (CALL, command.call.to_string()),
             (ATTEMPT, command.attempt.to_string()),

@@ -10,12 +10,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::progress::Fault;
 
-/// The maximum number of timers that a process remembers, at about 200 bytes each. The store has all timers. A timer
+/// The maximum number of timers that a process remembers, at about 200 bytes each. The store holds all timers. A timer
 /// that is not remembered fires in the store's order, after the timers that were due before it.
 const KNOWN_MAX: usize = 20_000;
-/// The maximum number of sagas that are remembered, for each service, as not answered by the service.
+/// The maximum number of sagas per service that are remembered because the service has not answered them.
 const SILENT_MAX: usize = 1_000;
-/// The maximum number of sagas that are remembered as accepting no input. Health names one of them.
+/// The maximum number of sagas that are remembered because they accept no input. Health names one of them.
 const REFUSED_MAX: usize = 100;
 
 /// The timers that this process remembers. Clones share the same timers.

@@ -405,7 +405,7 @@ impl<'a, C: SagaState> Move<'a, C> {
             return self.compensate(reason);
         }
         // The pivot may have happened. Steps after the pivot, undos and closing steps must succeed. In each of these
-        // cases only an operator can decide how to go on.
+        // cases only an operator can decide how the saga continues.
         self.progress.status = Status::Stuck;
         self.progress.trouble = Some(failure);
         (self.progress.due, self.progress.deadline, self.progress.retrying) = (None, None, false);

@@ -270,7 +270,7 @@ pub(crate) async fn sagas_begun(store: &dyn EventStore, starters: &[String], shu
         match are_begun(store, starters).await {
             Ok(true) => return,
             Ok(false) => {}
-            // If the error persists, the consumer reports it itself.
+            // If the error persists, the consumer reports the error when it reads the store.
             Err(error) => tracing::debug!(%error, "checking whether sagas were started again failed"),
         }
         tokio::select! {

@@ -25,8 +25,8 @@ pub struct Segment {
     /// `restored_to` and `first`, the log contains only events that were recovered from topics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_to: Option<Position>,
-    /// The names of other logs whose messages were in the topics when a service started anew. The service does not
-    /// treat messages of these logs as its own.
+    /// The names of other logs whose messages were in the topics when a service started without the history that the
+    /// topics hold (`annals recover --anew`). The service does not treat messages of these logs as its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub passes_over: Vec<Arc<str>>,
 }
@@ -154,7 +154,7 @@ impl LogNames {
     }
 
     /// Returns whether this is the name of another log whose messages are ignored, because a service of this log
-    /// started anew.
+    /// started without the history that the topics hold.
     pub fn passes_over(&self, name: &str) -> bool {
         self.0.iter().flat_map(|segment| &segment.passes_over).any(|passed| **passed == *name)
     }

@@ -25,8 +25,8 @@ const EVENTS_MAX: usize = 65_536;
 const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The maximum number of commits that are held while earlier events are still missing.
 const COMMITS_AHEAD_MAX: usize = 4_096;
-/// How long a reader gives this process to add a commit to the events in memory, before the reader waits for the store,
-/// and again before the reader reads events that the store already has.
+/// How long a reader waits for this process to add a commit to the events in memory. The reader waits this long before
+/// it waits for the store, and again before it reads new events from the store.
 const SHOWN_SOON: Duration = Duration::from_millis(2);
 /// The number of events read from the store per page.
 const PAGE: usize = 2_000;

@@ -165,7 +165,7 @@ impl<C: SagaState> Machine<C> {
             [moves @ SagaEvent::Migrated { .. }, rest @ ..] => (Some(moves), rest),
             all => (None, all),
         };
-        // A late answer is recorded by one event, and by a second one if a stuck saga goes on.
+        // A late answer is recorded by one event, and by a second event if a stuck saga continues.
         let (Some(moved), [_] | [SagaEvent::Replied { .. }, SagaEvent::Operated { .. }]) = (moved, of_input) else {
             return if events.is_empty() {
                 Ok(None)

@@ -407,7 +407,7 @@ where
             match self.step(&state, &action, false) {
                 Ok(Some(next)) => state = next,
                 Ok(None) => break,
-                // The checker makes the same move on its own way through the states, and reports the broken rule then.
+                // The checker makes the same move when it explores the states, and then reports the broken rule.
                 Err(_) => return Ok(()),
             }
         }

@@ -100,7 +100,7 @@ struct AskedSupply {
     adjusted: Option<Vec<Object<AskedChange>>>,
 }
 
-/// A change in a request.
+/// A change of the stock of one SKU, in a request.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AskedChange {

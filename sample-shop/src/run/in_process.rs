@@ -131,5 +131,5 @@ fn card_of(card: card::Card) -> Card {
     }
 }
 
-// The driver rejects an invoice with more lines than the shop would accept.
+// The driver and the shop must have the same maximum number of lines per invoice.
 const _: () = assert!(input::LINES_MAX == crate::order::LINES_MAX);

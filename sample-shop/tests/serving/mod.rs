@@ -82,7 +82,8 @@ impl Serving {
         Self::start_at(self.arguments.clone(), &self.at.to_string())
     }
 
-    /// Stops the process as an operator does, and asserts that it prints no warning.
+    /// Stops the process as an operator does, and asserts that it prints no warning about the stop. The simulated payment
+    /// provider may still be busy, which is a warning about a step.
     pub fn stop(&mut self, signal: &str) {
         self.signal(signal);
         assert_eq!(self.code(), Some(if signal == "INT" { 130 } else { 143 }));

@@ -1,4 +1,5 @@
--- Appends a group of commits for an operator, who may append only operator acts; see the function `operate`.
+-- Appends a group of commits for an operator, who may append only the events of operator actions; see the function
+-- `operate`.
 -- - binds of streams: $1 ids, $2 guessed versions, $3 ids of the events at these versions (NULL: any event), $4 whether
 --   the group locks the stream without writing to it (NULL: no lock)
 -- - binds of documents: $5 collections, $6 ids, $7 guessed versions, $8 whether the group removes the document first,

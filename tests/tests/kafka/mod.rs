@@ -474,7 +474,7 @@ pub async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
     waited.await.unwrap_or_else(|_| panic!("never came about: {what}"));
 }
 
-/// Waits until the parts of a runtime satisfy the condition. Returns how long that took.
+/// Waits until the parts of a runtime satisfy the condition. Returns the duration of the wait.
 pub async fn shows(runtime: &Runtime, what: &str, is: impl Fn(&BTreeMap<String, State>) -> bool) -> Duration {
     let asked_at = Instant::now();
     while !is(&runtime.health().parts()) {

@@ -179,7 +179,7 @@ impl Process {
     }
 }
 
-/// Counts down how often the process still passes the point before it stops there.
+/// Counts how many more times the process passes the point before it stops there.
 struct Reached {
     point: Point,
     left: AtomicU32,

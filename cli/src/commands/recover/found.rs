@@ -23,11 +23,11 @@ pub(super) struct Found {
     pub logs: BTreeMap<String, (i64, i64)>,
     /// The positions of all messages, in order.
     positions: Vec<i64>,
-    /// By recording time: the first and the last position of the events that were recorded at that time. All events of
-    /// a commit have the same time.
+    /// The first and the last position of the events that were recorded at the same time, by that time. All events of a
+    /// commit have the same time.
     together: HashMap<i64, (i64, i64)>,
-    /// By service and lane: the last positions sent. The relay may not have known yet that the brokers had accepted
-    /// these messages.
+    /// The last positions that were sent, by service and lane. The relay may not have known yet that the brokers had
+    /// accepted these messages.
     windows: BTreeMap<(String, u32), BTreeSet<i64>>,
     /// The ends of the topics to which the services have sent messages.
     pub ends: Ends,
@@ -38,7 +38,7 @@ pub(super) struct Found {
     pub topics: usize,
 }
 
-/// The services whose messages are searched for, with the state of their relays.
+/// The services whose messages to find, with the progress of their relays.
 pub(super) struct Search<'a> {
     pub services: &'a BTreeSet<String>,
     pub relayed: &'a BTreeMap<String, RelayProgress>,

@@ -19,23 +19,23 @@ use serde_json::Value;
 use super::checkpoint::checkpoint;
 use crate::{failure::Failure, progress, store::restore};
 
-/// Documents written in one commit.
+/// The maximum number of documents that one commit writes.
 const PART: usize = 1_000;
 
-/// The answers whose work must be done again, each with its position.
+/// The answers to sagas whose work the participants must do again, each with its position.
 #[derive(Default)]
 pub(super) struct OwedAnswers(BTreeMap<StepKey, (Position, Reply)>);
 
 impl OwedAnswers {
-    /// Records an answer if the work that was committed with the answer may be missing from the log. `is_whole`: the
-    /// log is known to contain the whole commit.
+    /// Records an answer if other events of the same commit may be missing from the log. `is_whole` is true if the log
+    /// certainly contains the whole commit.
     pub fn note(&mut self, event: &Stored<'_>, is_whole: bool) {
         let Some((key, reply)) = StepKey::answered(event) else { return };
         if !is_whole {
             // A second answer to a step repeats the first answer.
             self.0.entry(key).or_insert((event.position, reply));
         } else if let StepRef::Undo(step) = key.at {
-            // Everything that the step did has been taken back already.
+            // The undo of the step is complete, so the work of the step need not be done again.
             self.0.remove(&StepKey { at: StepRef::Forward(step), ..key });
         }
     }

@@ -1,5 +1,5 @@
-//! Takes events back: writes events from the topics into the log again, at their original positions, if those positions
-//! are free.
+//! Copies lost events from the topics back into the log, at their original positions, if those positions are free. The
+//! command's output says that such events are "taken back".
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -19,7 +19,7 @@ use crate::{
     stream_key::stream_key,
 };
 
-/// Events and bytes written in one commit.
+/// The maximum number of events, and of bytes, that one commit writes.
 const PART_EVENTS: usize = 20_000;
 const PART_BYTES: usize = 16 << 20;
 /// The maximum number of lost messages that are listed one by one. Further messages are only counted.
@@ -30,17 +30,17 @@ const LISTED_MAX: u64 = 1_000;
 pub(super) struct Counts {
     /// Events written to the log.
     pub taken_back: u64,
-    /// Answers to sagas that were taken back although other work of the same commit may be lost. The services do that
+    /// Answers to sagas that were copied back although other work of the same commit may be lost. The services do that
     /// work again when they start.
     pub done_again: u64,
-    /// Steps of sagas that have a command but no event in the topics. The event that started such a saga starts the
-    /// saga again.
+    /// Steps of sagas whose command is in the topics, but whose event is not. Such a saga starts again, from the event
+    /// that started it before.
     pub saga_steps: u64,
-    /// Messages that cannot be taken back.
+    /// Messages whose events cannot be copied back.
     pub lost: u64,
 }
 
-/// A message that cannot be taken back, and the reason.
+/// A message whose event cannot be copied back, and the reason.
 #[derive(Serialize)]
 struct Lost<'a> {
     #[serde(rename = "where")]
@@ -58,14 +58,13 @@ pub(super) struct Restorer<'a> {
     pub writes: bool,
     output: &'a mut Output,
     pub counts: Counts,
-    /// The last version of each stream with an event that was taken back, or `None` if an event of the stream is
-    /// missing.
+    /// The last version of each stream that had an event copied back, or `None` if an event of the stream is missing.
     streams: HashMap<u128, Option<i64>>,
-    /// The answers whose work the services do again.
+    /// The answers that have work which the services must do again.
     pub owed: OwedAnswers,
     part: Vec<Stored<'static>>,
     bytes: usize,
-    /// The first position at which the log does not hold the event that was sent from that position.
+    /// The first position at which the log does not hold the event that a service sent from this position.
     pub first_other: Option<i64>,
     last: Option<(i64, Uuid)>,
     /// The position of the last saga step that was counted.
@@ -99,7 +98,7 @@ impl<'a> Restorer<'a> {
         })
     }
 
-    /// Takes back all events that can be taken back.
+    /// Copies back all events that can be copied back.
     pub async fn run(&mut self, found: &mut Found) -> Result<(), Failure> {
         let mut sent = std::mem::take(&mut found.sent).sorted()?;
         for removed in &found.removed {
@@ -121,8 +120,8 @@ impl<'a> Restorer<'a> {
         let is_held = held.is_some_and(|id| id == sent.id || id == sent.causation);
         let SentMessage { position, event, place, .. } = sent;
         if is_held {
-            // An earlier, interrupted run of this recovery had taken the event back, but had not yet recorded the work
-            // to do again.
+            // An earlier, interrupted run of this recovery had copied the event back, but had not yet recorded which
+            // work must be done again.
             if let Some(event) = event.filter(|_| position > self.restored_to) {
                 self.owe(&event, found);
             }
@@ -210,7 +209,7 @@ impl<'a> Restorer<'a> {
     }
 }
 
-/// A cursor over the log that moves in step with the events to be taken back.
+/// A cursor over the log that moves in step with the events to be copied back.
 struct Log {
     events: BoxStream<'static, Result<Arc<Recorded>, StoreError>>,
     next: Option<Arc<Recorded>>,

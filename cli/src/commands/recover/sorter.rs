@@ -20,10 +20,10 @@ const MEMORY_BYTES: usize = 64 << 20;
 /// The memory that an event takes in addition to its strings.
 const EVENT_BYTES: usize = 200;
 
-/// What a message says about the event from which the message was made.
+/// A message that a service sent, with what the message says about its event.
 pub(super) struct SentMessage {
     pub position: i64,
-    /// The id of the message: the id of its event, or the id of a command that the event caused.
+    /// The id of the message. A message that carries an event has the id of the event. A command has an id of its own.
     pub id: Uuid,
     pub causation: Uuid,
     /// The event itself, if the message carries it. A saga's command does not carry its event.

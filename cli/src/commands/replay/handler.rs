@@ -20,8 +20,8 @@ impl HandlerTarget {
         Ok(Self { name: name.into(), handler, store: store.port(), under_way: None })
     }
 
-    /// Commits what the handler stages, one commit per event. The handler's commands have the same ids as in the first
-    /// run.
+    /// Commits what the handler stages, one commit per event. If the handler sends commands, they have the same ids as
+    /// when the handler first ran.
     pub async fn take(&mut self, event: &Recorded) -> Result<(), Failure> {
         self.under_way = Some(event.position.0);
         let message = Message::of(event, &self.name);

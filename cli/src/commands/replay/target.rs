@@ -89,7 +89,7 @@ impl Target<'_> {
         }
     }
 
-    /// Stops accepting events. Events that were already passed to the target may still arrive within a moment.
+    /// Stops accepting events. Waits a moment, because events that were already passed to the target may still arrive.
     pub async fn give_up(&mut self) -> Result<(), Failure> {
         match self {
             Self::Topic(topic) => {

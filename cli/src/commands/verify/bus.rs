@@ -58,7 +58,7 @@ struct RelayState {
     services: BTreeMap<String, RelayProgress>,
     /// The service that sends messages of each category: events of services, commands of sagas, and replies of steps.
     senders: HashMap<String, String>,
-    /// By service and stream: the position of the first event that is parked or waits behind a parked event.
+    /// The position of the first event that is parked or waits behind a parked event, by service and stream.
     parked: HashMap<String, HashMap<String, i64>>,
 }
 
@@ -135,7 +135,7 @@ impl RelayState {
         let mut senders: HashMap<String, String> =
             services.keys().map(|service| (format!("step.{service}"), service.clone())).collect();
         let mut checkpoints = pages::collection(&*archive, CHECKPOINTS, "");
-        // The service that starts a saga sends its commands. If the name of one service is a prefix of another's, the
+        // The service that starts a saga sends the saga's commands. If one service's name is a prefix of another's, the
         // longer matching name is the right one.
         while let Some(document) = checkpoints.try_next().await? {
             let name = document.key.id.rsplit_once('/').and_then(|(name, _)| name.strip_suffix(".start"));

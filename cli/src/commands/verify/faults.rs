@@ -45,7 +45,7 @@ impl<'a> Faults<'a> {
         self.output.line(&shown(&format!("{}: {}", fault.place, fault.what)).replace('\n', " "))
     }
 
-    /// Prints how many faults were only counted. Returns the output, for the result.
+    /// Prints how many faults were only counted. Returns the output, so that the caller can print the result.
     pub fn end(&mut self) -> Result<&mut Output, Failure> {
         if self.count > PRINTED_MAX && !self.output.json {
             self.output.line(&format!("and {} more", grouped((self.count - PRINTED_MAX) as i64)))?;

@@ -10,7 +10,7 @@ use annals::{
 use super::{event::place, faults::Faults};
 use crate::{failure::Failure, stream_key::stream_key};
 
-/// The sagas seen so far. For each saga that has not ended, also its progress.
+/// The sagas seen so far. A saga that has not ended has its progress here; a saga that has ended has `None`.
 #[derive(Default)]
 pub(super) struct Histories {
     sagas: HashMap<u128, Option<Box<Progress>>>,

@@ -178,12 +178,13 @@ impl Seals {
         Ok(())
     }
 
-    /// Compares the chains of all streams, up to the position to which they are stored. Then stores the chains up to
-    /// the last seal.
+    /// Compares the stored chains of all streams with `before`, the chains computed from the log up to the same
+    /// position. Then stores `now`, the chains up to the last seal.
     pub async fn chains(&mut self, [before, now]: [Chained; 2], faults: &mut Faults<'_>) -> Result<(), Failure> {
         let (chained, version) = &self.chained;
         match chained {
-            // A changed event has been reported by now.
+            // If an event was changed, the check of its seal has already reported that event. This fault reports the
+            // chains.
             Some(chained) if *chained != before => {
                 self.broken = true;
                 faults.add(
@@ -232,7 +233,7 @@ impl Seals {
         Ok(())
     }
 
-    /// Compares the next seal with the events up to its end.
+    /// Compares the next seal with the events that it covers.
     fn check(&mut self, faults: &mut Faults<'_>) -> Result<(), Failure> {
         let Some((id, seal)) = self.ahead.pop_front() else { return Ok(()) };
         let of_it = self.events.partition_point(|event| event.position <= seal.last());

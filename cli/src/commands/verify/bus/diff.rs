@@ -158,7 +158,8 @@ struct Comparison<'a> {
     archive: &'a dyn Archive,
     senders: Vec<(Arc<str>, Arc<str>)>,
     counts: TopicCounts,
-    /// For each group: position and index, then partition, offset and topic of the first copy that was found.
+    /// One record per message, by group: the position of its event and its index, then the partition, offset and topic
+    /// of the first copy that was found.
     order: Sorter<5>,
     /// By topic: the number of messages that are missing because the topic does not exist or is compacted.
     gone: BTreeMap<usize, i64>,
