@@ -59,9 +59,11 @@ const FENCES_MAX: usize = 5;
 const FENCES_WITHIN: Duration = Duration::from_secs(25);
 /// How long a broker may take to report its offsets.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a stopping member waits until it has given up its partitions.
-const LEAVE: Duration = Duration::from_secs(2);
-/// How long a stopping member then waits for its leave request to be sent: a few round trips to a distant broker.
+/// How long a stopping member waits until it has joined the group, and until it has given up its partitions. By default,
+/// brokers let the first members of a group join after three seconds.
+const LEAVE: Duration = Duration::from_secs(4);
+/// How long a stopping member that has given up its partitions waits for its leave request to be sent: long enough for
+/// a few round trips to a distant broker.
 const LEAVE_SENT: Duration = Duration::from_millis(500);
 /// How long a process waits for its members to leave the group. A few seconds are enough if the broker answers.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -80,8 +82,10 @@ struct MemberContext {
     settings: Settings,
     rebalances: Mutex<VecDeque<Rebalance>>,
     closing: AtomicBool,
-    /// Whether a poll has called back into this context. Such a poll returns nothing although messages may be waiting,
-    /// and no wake-up follows for these messages.
+    /// Whether the group has assigned partitions to this member, possibly none.
+    joined: AtomicBool,
+    /// Whether the client has called a method of this context during a poll. Such a poll returns nothing although
+    /// messages may be waiting, and no wake-up follows for these messages.
     notified: AtomicBool,
     /// Whether the client has lost all brokers. A client without brokers reports nothing.
     lost: AtomicBool,
@@ -95,6 +99,7 @@ impl MemberContext {
             settings: settings.clone(),
             rebalances: Mutex::default(),
             closing: AtomicBool::default(),
+            joined: AtomicBool::default(),
             notified: AtomicBool::default(),
             lost: AtomicBool::default(),
             fatal: AtomicBool::default(),
@@ -163,6 +168,7 @@ impl ConsumerContext for MemberContext {
         self.tell();
         let places = list.elements().iter().map(|found| (found.topic().to_owned(), found.partition())).collect();
         let assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        self.joined.fetch_or(assigned, Ordering::AcqRel);
         if self.closing.load(Ordering::Acquire) {
             let given_up = match consumer.rebalance_protocol() {
                 RebalanceProtocol::Cooperative if assigned => consumer.incremental_assign(&TopicPartitionList::new()),
@@ -207,8 +213,10 @@ pub(crate) struct Member {
     settings: Settings,
     group: String,
     topics: Vec<String>,
-    /// The id under which brokers know this member, so that a restarted process keeps its partitions.
-    instance_id: Option<String>,
+    /// The id of this member, made from the name of its instance, so that a restarted process keeps its partitions.
+    name: Option<String>,
+    /// The id under which brokers know the client of this member.
+    instance_id: String,
     /// The client; `None` after a fatal error, until the client is replaced.
     consumer: Option<Arc<BaseConsumer<MemberContext>>>,
     started_at: Instant,
@@ -250,7 +258,8 @@ impl Member {
             settings: settings.clone(),
             group,
             topics,
-            instance_id: instance.map(instance_id),
+            name: instance.map(instance_id),
+            instance_id: String::new(),
             consumer: None,
             started_at: Instant::now(),
             fences: VecDeque::new(),
@@ -287,8 +296,12 @@ impl Member {
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.error.backoff.ms", "100")
             .set("topic.metadata.refresh.interval.ms", "10000");
-        let named = self.instance_id.as_deref().map(|id| ("group.instance.id", id));
-        let fixed: Vec<_> = FIXED.into_iter().chain([("group.id", &*self.group)]).chain(named).collect();
+        // A client without an instance id can crash when it is closed during a rebalance
+        // (https://github.com/confluentinc/librdkafka/issues/5347), so each client of a member without a name gets an
+        // id, too.
+        self.instance_id = self.name.clone().unwrap_or_else(|| Uuid::new_v4().to_string());
+        let ids = [("group.id", &*self.group), ("group.instance.id", &*self.instance_id)];
+        let fixed: Vec<_> = FIXED.into_iter().chain(ids).collect();
         let config = self.settings.finish(config, &fixed)?;
         let context = MemberContext::new(&self.settings);
         let mut consumer: BaseConsumer<MemberContext> = config.create_with_context(context).map_err(misconfigured)?;
@@ -313,7 +326,7 @@ impl Member {
         self.wiped.clear();
         self.lost.clear();
         (self.out_of_range, self.asking, self.ranging) = (false, None, None);
-        if code == RDKafkaErrorCode::FencedInstanceId {
+        if code == RDKafkaErrorCode::FencedInstanceId && self.name.is_some() {
             self.fences.push_back(Instant::now());
             self.fences.retain(|fenced_at| fenced_at.elapsed() < FENCES_WITHIN);
             self.fenced = self.fences.len() >= FENCES_MAX;
@@ -324,7 +337,7 @@ impl Member {
 
     fn is_fenced(&self) -> BusError {
         let group = &self.group;
-        let id = self.instance_id.as_deref().unwrap_or_default();
+        let id = &self.instance_id;
         if !self.fenced {
             return BusError::Unavailable(format!(
                 "fenced in group {group}: another session, possibly an earlier one of this process, took instance \
@@ -352,7 +365,6 @@ impl Member {
         consumer.context().closing.store(true, Ordering::Release);
         let mut unanswered: Vec<_> = consumer.context().rebalances().drain(..).collect();
         unanswered.extend(self.leaving.take().map(Rebalance::Revoked));
-        let is_named = self.instance_id.is_some();
         let close = move || {
             // An unanswered rebalance would block the group, and would keep this client from ending.
             for rebalance in unanswered {
@@ -364,9 +376,7 @@ impl Member {
                     tracing::debug!(%error, "leaving the group failed");
                 }
             }
-            if is_named {
-                leave(&consumer);
-            }
+            leave(&consumer);
             drop(consumer);
         };
         // A client that closes waits for a broker, possibly for ever. When the Tokio runtime shuts down, the runtime
@@ -717,17 +727,28 @@ impl Drop for Member {
 /// notification, the group keeps a member with an instance id until its session times out, in case the process comes
 /// back.
 fn leave(consumer: &BaseConsumer<MemberContext>) {
+    let context = consumer.context();
+    let has_joined = || context.joined.load(Ordering::Acquire) || context.lost.load(Ordering::Acquire);
+    // A client that has not joined yet cannot leave: the group adds it as a member after its end. The poll handles each
+    // rebalance.
+    poll(consumer, Instant::now() + LEAVE, has_joined);
     consumer.unsubscribe();
-    let mut until = Instant::now() + LEAVE;
-    let mut has_let_go = false;
-    while Instant::now() < until && consumer.client().fatal_error().is_none() {
-        // Leaving the group begins with a rebalance, which this poll handles.
-        _ = consumer.poll(Duration::from_millis(10));
-        if !has_let_go && consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
-            // The client next sends the offsets and the leave request, but does not report when it has sent them.
-            (has_let_go, until) = (true, Instant::now() + LEAVE_SENT);
-        }
+    let has_let_go = || consumer.assignment().is_ok_and(|assigned| assigned.count() == 0);
+    if poll(consumer, Instant::now() + LEAVE, has_let_go) {
+        // The client next sends the offsets and the leave request, but does not report when it has sent them.
+        poll(consumer, Instant::now() + LEAVE_SENT, || false);
     }
+}
+
+/// Polls a client that is ending until a condition holds. Returns whether the condition holds.
+fn poll(consumer: &BaseConsumer<MemberContext>, until: Instant, mut is: impl FnMut() -> bool) -> bool {
+    while !is() {
+        if Instant::now() >= until || consumer.client().fatal_error().is_some() {
+            return false;
+        }
+        _ = consumer.poll(Duration::from_millis(10));
+    }
+    true
 }
 
 /// Returns the id under which brokers know a member: its name, reduced to the characters that brokers allow.
