@@ -262,7 +262,8 @@ impl Commit {
             }
         }
         for put in &self.puts {
-            let (key, id_bytes) = (&put.key, put.key.id.len());
+            let key = &put.key;
+            let id_bytes = key.id.len();
             if !key.is_storable() {
                 return invalid(format!(
                     "the name of document {:.80?} is too long ({id_bytes} bytes) or contains NUL",

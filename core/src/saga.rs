@@ -54,10 +54,10 @@ pub(crate) use instance::{Definitions, SagaCommand, SagaInput, go_on};
 pub use instance::{SagaInstance, SagaRefusal};
 #[cfg(feature = "testing")]
 pub(crate) use migration::ReachedStep;
-pub(crate) use owed::{Debtor, settle};
+pub(crate) use owed::settle;
 pub use owed::{Owed, StepKey};
-pub(crate) use participant::StepHandler;
 pub use participant::{ANSWER_BYTES_MAX, Answer, Participant, StepError};
+pub(crate) use participant::{Desk, NearSagas, StepHandler};
 pub use path::Path;
 pub use progress::{
     BY_ITSELF, CallState, Command, Failure, Fault, FaultKind, OperatorAction, Outcome, Progress, Reply, SagaEvent,

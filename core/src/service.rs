@@ -29,7 +29,7 @@ use crate::{
     health::{Health, Held, State},
     project::read_model::{Projection, ReadModel},
     relay::{Relay, Routes},
-    saga::{self, Debtor, Participant, Replies, Runner, SagaState, Starter, StepEvent, StepHandler},
+    saga::{self, Desk, NearSagas, Participant, Replies, Runner, SagaState, Starter, StepEvent, StepHandler},
     store::{EventStore, LogQuery, StoreError, tail::Tail},
 };
 
@@ -82,7 +82,7 @@ pub struct Service {
     store: Arc<dyn EventStore>,
     routes: Routes,
     relay_lanes: u32,
-    desk: Option<Arc<dyn Debtor>>,
+    desk: Option<Arc<dyn Desk>>,
     members: u32,
     replies: Vec<Arc<dyn Replies>>,
     subscriptions: Vec<Subscription>,
@@ -230,6 +230,19 @@ impl Service {
     fn inbox(&self) -> String {
         format!("{}.commands", self.name)
     }
+
+    /// The group that consumes the topic of the service's commands; `None` if the service neither carries out steps nor
+    /// runs sagas. Replies to those sagas in `near` that are on the service's store are not sent over the bus.
+    fn inbox_group(&self, near: &[(Arc<dyn EventStore>, NearSagas)]) -> Option<Group> {
+        if self.desk.is_none() && self.replies.is_empty() {
+            return None;
+        }
+        let on_store = near.iter().filter(|(store, _)| Arc::ptr_eq(store, &self.store));
+        let near = on_store.map(|(_, near)| near.clone()).collect();
+        let inbox = Inbox { replies: self.replies.clone(), desk: self.desk.clone(), near };
+        let topic = self.inbox();
+        Some(Group::new(&topic, &[&topic], inbox).members(self.members))
+    }
 }
 
 impl Service {
@@ -259,7 +272,7 @@ struct Recovered {
     service: String,
     store: Arc<dyn EventStore>,
     starters: Vec<String>,
-    desk: Option<Arc<dyn Debtor>>,
+    desk: Option<Arc<dyn Desk>>,
 }
 
 impl Recovered {
@@ -276,7 +289,9 @@ impl Recovered {
 /// service must execute.
 struct Inbox {
     replies: Vec<Arc<dyn Replies>>,
-    desk: Option<Arc<dyn Debtor>>,
+    desk: Option<Arc<dyn Desk>>,
+    /// The sagas to which the service's own replies are passed without the bus.
+    near: Vec<NearSagas>,
 }
 
 impl Inbox {
@@ -295,6 +310,20 @@ impl Inbox {
     }
 }
 
+/// Returns the sagas that get the replies of steps without the bus, each with its store. On a bus between processes, a
+/// reply must be in a topic, because the log can be restored only from the topics.
+fn near(services: &[Service], bus: &dyn Bus) -> Vec<(Arc<dyn EventStore>, NearSagas)> {
+    let services = services.iter().filter(|_| bus.is_local());
+    let sagas_of = |service: &Service| {
+        let name: Arc<str> = Arc::from(&*service.name);
+        let store = service.store.clone();
+        let near =
+            move |sagas: &Arc<dyn Replies>| (store.clone(), NearSagas { service: name.clone(), sagas: sagas.clone() });
+        service.replies.iter().map(near).collect::<Vec<_>>()
+    };
+    services.flat_map(sagas_of).collect()
+}
+
 fn no_participant(message: &Message) -> String {
     format!(
         "this service carries out no steps, so no participant handles {}: give the service a participant",
@@ -307,7 +336,7 @@ impl Handler for Inbox {
     async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
         match (self.runs(message)?, &self.desk) {
             (Some((replies, saga)), _) => replies.reply(saga.id(), message, None, work).await,
-            (None, Some(desk)) => desk.handle(message, work).await,
+            (None, Some(desk)) => desk.take(message, None, &self.near, work).await,
             (None, None) => Err(no_participant(message)).terminal(),
         }
     }
@@ -315,7 +344,7 @@ impl Handler for Inbox {
     async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
         match (self.runs(message)?, &self.desk) {
             (Some((replies, saga)), _) => replies.reply(saga.id(), message, Some(reason), work).await,
-            (None, Some(desk)) => desk.refused(message, reason, work).await,
+            (None, Some(desk)) => desk.take(message, Some(reason), &self.near, work).await,
             (None, None) => Err(no_participant(message)).terminal(),
         }
     }
@@ -523,14 +552,14 @@ impl Runtime {
         self.start_watch();
         let kept = self.kept(&services);
         let mut joined = Vec::new();
+        let near = near(&services, &*bus);
         let instance: Option<Arc<str>> = self.shared_as.as_deref().map(Arc::from);
         for service in services {
             let mut groups = Vec::new();
-            if service.desk.is_some() || !service.replies.is_empty() {
-                let topic = service.inbox();
-                let inbox = Inbox { replies: service.replies, desk: service.desk.clone() };
-                let group = Group::new(&topic, &[&topic], inbox).members(service.members).shared(instance.clone());
-                groups.push((group.name().to_owned(), group.join(&*bus).await?, service.starters, service.desk));
+            if let Some(group) = service.inbox_group(&near) {
+                let name = group.name().to_owned();
+                let group = group.shared(instance.clone()).join(&*bus).await?;
+                groups.push((name, group, service.starters, service.desk));
             }
             for group in service.groups {
                 let name = group.name().to_owned();

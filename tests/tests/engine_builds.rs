@@ -290,7 +290,8 @@ async fn migration_that_makes_a_done_step_the_pivot_is_refused_on_the_way_back()
     let runtime = start(&world, runner(old()), &ALL).await;
     world.request("a", Uuid::new_v4(), None).await;
     world.script.asked_for("undo charge", 2).await;
-    drop(runtime);
+    // Without this wait, a task that still runs could undo the charge.
+    runtime.drain(DRAIN).await.unwrap();
     world.script.behave();
     let migrate = |progress: &Progress| Progress { at: StepRef::Undo(0), ..progress.clone() };
     let runtime = start(&world, runner(pivot_last()).migrate(old().hash(), migrate), &ALL).await;

@@ -194,8 +194,15 @@ async fn sagas_progress_over_several_processes_with_separate_buses() {
         plan: first.plan.clone(),
         ..World::new(first.store.clone(), first.plan.clone())
     };
-    let one = first.start_shared("one", &["shop", "hotel", "bank"]).await;
-    let two = second.start_shared("two", &["shop", "hotel", "bank"]).await;
+    // The relay of each instance sends the messages of its lanes over the bus of that instance.
+    let start = async |world: &World, instance: &str| {
+        let services = ["shop", "hotel", "bank"].map(|name| world.service(name, &world.store).relay_lanes(4));
+        let mut runtime = Runtime::shared(instance);
+        runtime.start(services.into(), world.bus.clone()).await.unwrap();
+        runtime
+    };
+    let one = start(&first, "one").await;
+    let two = start(&second, "two").await;
     let both_hold = async || {
         let checkpoints = documents(&first.store, CHECKPOINTS).await;
         let held = |name: &str| checkpoints.iter().any(|(_, body)| body.contains(&format!("\"holder\":\"{name}\"")));

@@ -8,13 +8,15 @@ use std::{
 };
 
 use annals::{
-    Event, EventStore, MemoryStore, Message, Metadata, Operator, Position, Publisher, Saga, StreamId, Version,
+    Clock, Commit, Event, EventStore, LogQuery, MemoryStore, Message, Metadata, Operator, Position, Publisher,
+    Recorded, Saga, StreamId, Version,
     bus::Outgoing,
     operator::OperatorError,
     saga::{BY_ITSELF, OperatorAction, Outcome, Reply, SagaEvent, Status, StepEvent, StepRef, wait_for_end},
 };
 use annals_sqlite::SqliteStore;
 use annals_tests::{
+    faulty::{Fault, FaultyStore, Gate},
     tally::{becomes_fine, documents, eventually},
     trip::{Play, Trip, World, ask, take_back, trip},
 };
@@ -70,6 +72,71 @@ async fn saga_runs_to_completion_on_sqlite() {
     }
     runtime.drain(DRAIN).await.unwrap();
     store.close().await.unwrap();
+}
+
+/// Returns, for each answer of a participant, whether the commit of the step passed the answer to the saga.
+async fn passed(world: &World) -> Vec<bool> {
+    let log = world.store.read_log(&LogQuery::all(), Position::START, 1_000).await.unwrap().events;
+    let answers = log.iter().filter(|event| *event.type_name == *"step.replied");
+    let passed = |answer: &Arc<Recorded>| match answer.decode().unwrap() {
+        Some(StepEvent::Replied { passed, .. }) => passed,
+        other => panic!("{other:?}"),
+    };
+    answers.map(passed).collect()
+}
+
+/// In one runtime and on one store, the commit of a step also passes the reply to the saga. Otherwise, the relay sends
+/// the reply over the bus. The saga records the same events in both cases.
+#[tokio::test]
+async fn reply_in_the_commit_of_its_step_has_the_effects_of_a_reply_over_the_bus() {
+    let request = Uuid::new_v4();
+    let mut histories = Vec::new();
+    for parts in [vec![&ALL[..]], vec![&["hotel"], &["bank"], &["shop"]]] {
+        let world = world(PATIENT, 3);
+        world.script.play("confirm", Play::Refuse, 1);
+        let mut runtimes = Vec::new();
+        for services in &parts {
+            runtimes.push(world.start(services).await);
+        }
+        world.request("a", request, None).await;
+        world.becomes("a", Status::Compensated).await;
+        assert_eq!(world.ledger("a").await, ["book", "charge", "undo charge", "undo book"]);
+        for runtime in runtimes {
+            runtime.drain(DRAIN).await.unwrap();
+        }
+        // Of the five answers, the shop itself gives one, because it also takes part in its own saga.
+        let expected = if parts.len() == 1 { [true; 5] } else { [false, false, true, false, false] };
+        assert_eq!(passed(&world).await, expected);
+        let history = world.history("a").await;
+        histories.push(history.iter().map(|event| (event.id, event.metadata.causation_id)).collect::<Vec<_>>());
+    }
+    assert_eq!(histories[0], histories[1]);
+}
+
+/// A step times out while its commit, which also changes the saga, is on the way to the store. The commit fails, and the
+/// participant commits the step again, without the saga.
+#[tokio::test]
+async fn saga_that_changes_during_the_commit_of_a_step_gets_the_reply_over_the_bus() {
+    let clock = Clock::by_hand("2026-11-30T12:00:00Z".parse().unwrap());
+    let store = FaultyStore::new(Arc::new(MemoryStore::with_clock(clock.clone())));
+    let gate = Gate::new();
+    let of_bank = |commit: &Commit| commit.appends.iter().any(|append| append.stream.category() == "step.bank");
+    store.when(of_bank, Fault::Hold(gate.clone()));
+    let world = World::new(Arc::new(store), trip(PATIENT, 3));
+    let runtime = world.start(&ALL).await;
+    world.request("a", Uuid::new_v4(), None).await;
+    gate.reached().await;
+    clock.advance(PATIENT);
+    let timed_out =
+        async || world.history("a").await.iter().any(|event| *event.type_name == *"saga.timed").then_some(());
+    eventually("the step times out", timed_out).await;
+    gate.open();
+    world.becomes("a", Status::Completed).await;
+    assert_eq!(world.ledger("a").await, ["book", "charge", "confirm", "announce"]);
+    let asked = world.script.asked();
+    assert_eq!(asked.iter().filter(|(name, _)| name == "charge").count(), 2, "once more after the failed commit");
+    runtime.drain(DRAIN).await.unwrap();
+    assert!(passed(&world).await.contains(&false));
 }
 
 #[tokio::test]
@@ -292,7 +359,7 @@ fn silent_undo() -> Saga<Trip> {
 async fn answer_late(world: &World, at: StepRef, outcome: Outcome) {
     let saga = "saga.trip-a";
     let reply = Reply { at, call: 0, attempt: 2, outcome };
-    let replied = StepEvent::Replied { saga: saga.into(), reply_to: "shop".into(), reply };
+    let replied = StepEvent::Replied { saga: saga.into(), reply_to: "shop".into(), reply, passed: false };
     let message = Message {
         id: Uuid::new_v4(),
         type_name: replied.type_name().into(),

@@ -241,6 +241,16 @@ impl<A: Aggregate> Repository<A> {
         Ok(self.folds.folded(&*self.folds.store, &stream, true, false).await?.state.clone())
     }
 
+    /// Updates the cached state of an aggregate, unless this event is the last event of the cached state.
+    pub(crate) async fn update(&self, id: &str, last_event: Uuid) -> Result<(), WorkError<A::Refusal>> {
+        let stream = self.stream(id)?;
+        let cached = self.folds.folded(&*self.folds.store, &stream, false, false).await?;
+        if cached.last_event != Some(last_event) {
+            self.folds.folded(&*self.folds.store, &stream, true, false).await?;
+        }
+        Ok(())
+    }
+
     /// Loads an aggregate into the cache.
     pub(crate) async fn load(&self, stream: &StreamId) -> Result<(), WorkError<A::Refusal>> {
         self.folds.folded(&*self.folds.store, stream, false, false).await?;

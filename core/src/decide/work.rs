@@ -204,6 +204,16 @@ impl Work {
         self.store.clock().due_in(delay)
     }
 
+    /// Returns whether an earlier attempt to commit this work has failed.
+    pub(crate) fn is_repeated(&self) -> bool {
+        self.stale != Stale::Nothing
+    }
+
+    /// Replaces the cause of the work that is staged from now on, and returns the former cause.
+    pub(crate) fn replace_cause(&mut self, cause: Cause) -> Cause {
+        std::mem::replace(&mut self.cause, cause)
+    }
+
     /// Queues a notice to send once this work is committed.
     pub(crate) fn notice(&mut self, notice: impl Notice + 'static) {
         self.notices.push(Box::new(notice));

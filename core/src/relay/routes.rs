@@ -75,7 +75,7 @@ impl Routes {
     }
 
     fn reply(&self, event: &Recorded) -> Result<Vec<Outgoing>, DecodeError> {
-        let Some(StepEvent::Replied { saga, reply_to, .. }) = event.decode()? else {
+        let Some(StepEvent::Replied { saga, reply_to, passed: false, .. }) = event.decode()? else {
             return Ok(Vec::new());
         };
         let message = Message { key: saga.into(), ..Message::of(event, &self.service) };

@@ -21,6 +21,10 @@ pub enum StepEvent {
         reply_to: String,
         /// The outcome of the step.
         reply: Reply,
+        /// Whether the commit that stored this event also passed the reply to the saga, so that the relay does not send
+        /// the reply.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        passed: bool,
     },
 }
 

@@ -21,7 +21,7 @@ use crate::{
     commit::{CommitError, Document, DocumentKey},
     decide::work::{Stale, Work},
     event::Position,
-    handler::{Handler, HandlerError, Remedy},
+    handler::{HandlerError, Remedy},
     health::Health,
     store::{EventStore, Scan, StoreError, pages::PAGE},
 };
@@ -92,7 +92,7 @@ fn collection(service: &str) -> String {
 
 /// A participant that can redo the work it owes after a restore.
 #[async_trait]
-pub(crate) trait Debtor: Handler {
+pub(crate) trait Debtor: Send + Sync {
     /// Stages the effects that belong to an earlier answer. An aggregate finds out from the ids which of these effects
     /// it already has, no matter how many commands it has executed since then.
     ///

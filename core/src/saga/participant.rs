@@ -6,25 +6,28 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use serde_json::Value;
+use uuid::Uuid;
 
 use super::{
     barrier::{Participation, Step, StepEvent, decide_step, step_category},
     owed::{Debtor, Owed},
     progress::{Outcome, Reply, StepRef},
+    runner::Replies,
     step_command::StepCommand,
 };
 use crate::{
     Event,
     base::panic::caught,
     bus::Message,
+    commit::COMMIT_ROWS_MAX,
     commit::{NESTING_MAX, check_json_within},
     decide::{
         aggregate::Aggregate,
         repository::Repository,
-        work::{Work, WorkError},
+        work::{Cause, Work, WorkError},
     },
-    event::{EVENT_BYTES_MAX, Position, StreamIdError, Version, named_id},
-    handler::{Handler, HandlerError, Terminal},
+    event::{EVENT_BYTES_MAX, Position, StreamId, StreamIdError, Version, derived_id, named_id},
+    handler::{HandlerError, Terminal},
     store::{EventStore, StoreError, pages},
 };
 
@@ -135,6 +138,29 @@ impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
     }
 }
 
+/// The sagas of one definition that run in the same process as a participant, and on the same store.
+#[derive(Clone)]
+pub(crate) struct NearSagas {
+    /// The service that runs the sagas.
+    pub service: Arc<str>,
+    pub sagas: Arc<dyn Replies>,
+}
+
+/// Carries out the step commands of a service. The trait hides the type of the participant.
+#[async_trait]
+pub(crate) trait Desk: Debtor {
+    /// Carries out the step that a message asks for, and stages the answer. `not_stored` is set if the store has refused
+    /// the effects that an earlier attempt to handle this message staged. `near` holds the sagas of the same store and
+    /// process.
+    async fn take(
+        &self,
+        message: &Message,
+        not_stored: Option<&str>,
+        near: &[NearSagas],
+        work: &mut Work,
+    ) -> Result<(), HandlerError>;
+}
+
 /// Handles the step commands of a topic: checks each command against the barrier, and passes it to the participant.
 ///
 /// Every command gets a reply, even a command that cannot be carried out. The waiting saga can then ask again or go
@@ -225,43 +251,20 @@ impl<P: Participant> StepHandler<P> {
         Ok(known)
     }
 
-    /// Checks a command against the barrier, carries out the command if necessary, and stages the answer. `not_stored`
-    /// is set if the store has refused the effects that an earlier attempt to handle this message staged.
-    async fn take(&self, message: &Message, not_stored: Option<&str>, work: &mut Work) -> Result<(), HandlerError> {
-        let step = StepCommand::from_message(message)?;
-        // The first attempt at a step is usually the first command that the service receives from the saga.
-        let first = step.attempt == 1 && !matches!(step.at, StepRef::Undo(_)) && not_stored.is_none();
-        let known = if first {
-            work.load_new(&self.participations, &message.key).await?
-        } else {
-            work.load(&self.participations, &message.key).await?
-        };
-        // Each attempt is answered once. The id of the answer therefore includes the attempt and the cause, because all
-        // attempts at a step share one message id, and a retry by an operator repeats an attempt number. An attempt
-        // that was answered is not carried out when it is delivered again: its recorded answer may be a failure, and an
-        // effect that happened now would contradict that answer.
-        let answer_id = named_id(message.id, &format!("answer {} {}", step.attempt, message.metadata.causation_id));
-        if work.has_executed(answer_id, &self.participations, &message.key).await? {
-            return Ok(());
-        }
-        let outcome = match (decide_step(&known, &step), not_stored) {
-            (Step::Perform, Some(reason)) => {
-                Outcome::Unknown(format!("the effects of the step cannot be stored: {reason}"))
-            }
-            (Step::Perform, None) => self.carry_out(message, &step, work).await?,
-            (Step::Bar, _) => Outcome::Done(Value::Null),
-            (Step::Refuse, _) => step.refused("the step was undone, or its undo arrived first".to_owned()),
-            // A new attempt means that the recorded answer has not arrived: the answer was lost, or is late.
-            (Step::Repeat, _) => match self.recorded(&message.key, &step).await? {
-                Some(outcome) => outcome,
-                None => return Ok(()),
-            },
-        };
-        let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome: outcome.cleaned() };
-        let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to: step.reply_to, reply };
-        let stream = self.participations.stream(&message.key)?;
-        work.execute_as(answer_id, &self.participations, &stream, &replied).await?;
-        Ok(())
+    /// Passes the reply to the saga in this same work. The events of the saga get the ids that they would get if the
+    /// reply arrived over the bus.
+    async fn pass(
+        sagas: &dyn Replies,
+        saga: &StreamId,
+        answer_id: Uuid,
+        reply: &Reply,
+        work: &mut Work,
+    ) -> Result<bool, StoreError> {
+        let id = derived_id(answer_id, 0);
+        let before = work.replace_cause(Cause { id, metadata: work.metadata().caused_by(id), calls: 0 });
+        let passed = sagas.pass(saga.id(), reply, work).await;
+        work.replace_cause(before);
+        passed
     }
 }
 
@@ -279,13 +282,62 @@ fn check_answer(answer: &Value) -> Result<(), String> {
 }
 
 #[async_trait]
-impl<P: Participant> Handler for StepHandler<P> {
-    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
-        self.take(message, None, work).await
-    }
-
-    async fn refused(&self, message: &Message, reason: &str, work: &mut Work) -> Result<(), HandlerError> {
-        self.take(message, Some(reason), work).await
+impl<P: Participant> Desk for StepHandler<P> {
+    async fn take(
+        &self,
+        message: &Message,
+        not_stored: Option<&str>,
+        near: &[NearSagas],
+        work: &mut Work,
+    ) -> Result<(), HandlerError> {
+        let step = StepCommand::from_message(message)?;
+        // The first attempt at a step is usually the first command that the service receives from the saga.
+        let first = step.attempt == 1 && !matches!(step.at, StepRef::Undo(_)) && not_stored.is_none();
+        let known = if first {
+            work.load_new(&self.participations, &message.key).await?
+        } else {
+            work.load(&self.participations, &message.key).await?
+        };
+        // Each attempt is answered once. The id of the answer therefore includes the attempt and the cause, because all
+        // attempts at a step share one message id, and a retry by an operator repeats an attempt number. An attempt
+        // that was answered is not carried out when it is delivered again: its recorded answer may be a failure, and an
+        // effect that happened now would contradict that answer.
+        let answer_id = named_id(message.id, &format!("answer {} {}", step.attempt, message.metadata.causation_id));
+        if work.has_executed(answer_id, &self.participations, &message.key).await? {
+            return Ok(());
+        }
+        let saga = StreamId::from_stored(&message.key);
+        let is_of = |near: &&NearSagas| *near.service == *step.reply_to && near.sagas.category() == saga.category();
+        // If the store has refused an earlier attempt, the data of the saga may be the reason.
+        let sagas = near.iter().filter(|_| not_stored.is_none()).find(is_of).map(|near| &*near.sagas);
+        if let Some(sagas) = sagas {
+            sagas.meet(saga.id(), message.metadata.causation_id).await?;
+        }
+        let outcome = match (decide_step(&known, &step), not_stored) {
+            (Step::Perform, Some(reason)) => {
+                Outcome::Unknown(format!("the effects of the step cannot be stored: {reason}"))
+            }
+            (Step::Perform, None) => self.carry_out(message, &step, work).await?,
+            (Step::Bar, _) => Outcome::Done(Value::Null),
+            (Step::Refuse, _) => step.refused("the step was undone, or its undo arrived first".to_owned()),
+            // A new attempt means that the recorded answer has not arrived: the answer was lost, or is late.
+            (Step::Repeat, _) => match self.recorded(&message.key, &step).await? {
+                Some(outcome) => outcome,
+                None => return Ok(()),
+            },
+        };
+        let reply = Reply { at: step.at, call: step.call, attempt: step.attempt, outcome: outcome.cleaned() };
+        let passed = match sagas {
+            // The events of the saga must not make the commit of a large step too large.
+            Some(sagas) if work.rows() <= COMMIT_ROWS_MAX / 2 => {
+                Self::pass(sagas, &saga, answer_id, &reply, work).await?
+            }
+            _ => false,
+        };
+        let replied = StepEvent::Replied { saga: message.key.to_string(), reply_to: step.reply_to, reply, passed };
+        let stream = self.participations.stream(&message.key)?;
+        work.execute_as(answer_id, &self.participations, &stream, &replied).await?;
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
     definition::{Saga, SagaState},
     index::Index,
     instance::{Definitions, SagaCommand, SagaInput, SagaInstance, SagaRefusal},
-    progress::{Outcome, Progress},
+    progress::{Outcome, Progress, Reply},
     timers::Timers,
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     },
     event::named_id,
     handler::{Handler, HandlerError, Terminal},
-    store::{EventStore, LogQuery},
+    store::{EventStore, LogQuery, StoreError},
 };
 
 /// Decides whether a message starts a saga, and returns the saga's id and initial data.
@@ -252,6 +252,30 @@ impl<C: SagaState> Sagas<C> {
         Ok(())
     }
 
+    /// Passes a reply to a saga in the same work that carries out the step. Returns `false` if the reply must be sent
+    /// over the bus. This is so for a step with several participants, whose replies would compete for the stream of the
+    /// saga, and for a reply that the saga cannot handle, which is then parked in the inbox of the saga's service.
+    ///
+    /// If an attempt to commit fails, the reason may be that the saga has changed. The next attempt therefore leaves
+    /// the saga alone, so that the participant does not carry out the step again and again.
+    async fn pass(&self, saga_id: &str, reply: &Reply, work: &mut Work) -> Result<bool, StoreError> {
+        if work.is_repeated() {
+            return Ok(false);
+        }
+        let passed = async {
+            let saga = work.load(&self.instances, saga_id).await?;
+            if saga.progress.is_none_or(|progress| progress.calls.len() != 1) {
+                return Ok(false);
+            }
+            let ask = self.ask(saga_id, SagaInput::Reply(reply.clone()));
+            work.execute(&self.instances, saga_id, &ask).await.map(|_| true)
+        };
+        match passed.await {
+            Err(WorkError::Store(error @ StoreError::Unavailable(_))) => Err(error),
+            passed => Ok(passed.unwrap_or(false)),
+        }
+    }
+
     /// Handles a reply. `not_stored` is set if the store has refused the effects that an earlier attempt to handle this
     /// reply staged; the step that the reply answers then counts as failed.
     async fn reply(
@@ -298,6 +322,11 @@ impl<C: SagaState> Handler for Starter<C> {
 #[async_trait]
 pub(crate) trait Replies: Send + Sync {
     fn category(&self) -> String;
+    /// Makes the state of a saga in memory include the event that sent a command. The command may arrive before the
+    /// process has seen that its own commit succeeded; if the state in memory lacked the event, the next commit would
+    /// fail.
+    async fn meet(&self, saga_id: &str, event: Uuid) -> Result<(), StoreError>;
+    async fn pass(&self, saga_id: &str, reply: &Reply, work: &mut Work) -> Result<bool, StoreError>;
     async fn reply(
         &self,
         saga_id: &str,
@@ -311,6 +340,18 @@ pub(crate) trait Replies: Send + Sync {
 impl<C: SagaState> Replies for Sagas<C> {
     fn category(&self) -> String {
         self.runner.category()
+    }
+
+    async fn meet(&self, saga_id: &str, event: Uuid) -> Result<(), StoreError> {
+        match self.instances.update(saga_id, event).await {
+            Err(WorkError::Store(error @ StoreError::Unavailable(_))) => Err(error),
+            // The reply is sent over the bus, and the inbox of the saga's service reports the error.
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    async fn pass(&self, saga_id: &str, reply: &Reply, work: &mut Work) -> Result<bool, StoreError> {
+        Sagas::pass(self, saga_id, reply, work).await
     }
 
     async fn reply(

@@ -300,7 +300,7 @@ where
         let answer = ModelMessage::answer(&command, &outcome)?;
         Arc::make_mut(&mut next.ledger).answered(*at, *call, &outcome)?;
         let reply = Reply { at: *at, call: *call, attempt: *attempt, outcome };
-        let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply };
+        let replied = StepEvent::Replied { saga: String::new(), reply_to: String::new(), reply, passed: false };
         Arc::make_mut(&mut next.services).entry(to.clone()).or_default().evolve(&replied);
         let alike = |other: &Arc<ModelMessage>| {
             answer.is_failure() && other.is_failure() && other.command() == answer.command()
