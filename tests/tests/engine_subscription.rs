@@ -125,6 +125,29 @@ async fn seen(store: &Arc<dyn EventStore>, name: &str) -> Vec<i64> {
     found.into_iter().map(|(position, _)| position.parse().unwrap()).collect()
 }
 
+/// Takes its time for each event.
+struct Slow(Seen);
+
+#[async_trait]
+impl Handler for Slow {
+    async fn handle(&self, message: &Message, work: &mut Work) -> Result<(), HandlerError> {
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        self.0.handle(message, work).await
+    }
+}
+
+#[tokio::test]
+async fn batch_of_a_slow_handler_is_committed_after_a_second() {
+    let store = memory();
+    add(&store, "a", 1..=8).await;
+    let slow = Subscription::new("slow", Slow(Seen { name: "slow" })).query(LogQuery::categories(["tally"]));
+    let running = Running::start(slow, &store);
+    let first = async || Some(seen(&store, "slow").await.len()).filter(|seen| *seen > 0);
+    assert!(eventually("the first commit", first).await < 8);
+    eventually("all events are handled", async || (seen(&store, "slow").await.len() == 8).then_some(())).await;
+    running.stop().await;
+}
+
 #[tokio::test]
 async fn subscription_starts_at_the_given_position() {
     let store = memory();

@@ -1,7 +1,10 @@
 //! The batch loop of every subscription and consumer. The loop calls the handler, commits the effects together with the
 //! checkpoint, and parks messages that fail.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use crate::{
     base::{backoff::Backoff, panic::caught},
@@ -21,6 +24,9 @@ use crate::{
 /// A batch ends once its commit has this many rows. The number is half the limit of a commit, so that one more large
 /// message fits.
 const ROWS_PER_COMMIT: usize = COMMIT_ROWS_MAX / 2;
+/// A batch ends once its handlers have taken this long. Until the commit, timers and other writers can change what the
+/// handlers have read, and then the whole batch is handled again.
+const TIME_PER_COMMIT: Duration = Duration::from_secs(1);
 /// The number of consecutive conflicts after which a batch is reduced to a single message.
 const CONFLICTS_BEFORE_SINGLE: u32 = 3;
 /// Whether the store has refused the work of the first message, which was alone in its commit.
@@ -192,6 +198,7 @@ impl Worker {
             }
             unprepared = Some(error);
         }
+        let began_at = Instant::now();
         for (index, item) in items.iter().enumerate() {
             if parked.has(&item.key) {
                 work.begin(uuid::Uuid::nil(), Default::default());
@@ -233,6 +240,9 @@ impl Worker {
                     work.rollback();
                     return Attempt::Handled(index);
                 }
+                return Attempt::Handled(index + 1);
+            }
+            if began_at.elapsed() > TIME_PER_COMMIT {
                 return Attempt::Handled(index + 1);
             }
         }
