@@ -8,6 +8,8 @@ use std::{
 };
 
 use annals::{EventStore, Runtime, Service, Tail};
+use annals_http::{Follower, Limits, Metrics, Probes, Sagas, Stopping};
+use axum::Router;
 use futures::TryFutureExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +19,7 @@ use crate::{
     arguments::{BusUrl, Role, Serve},
     bus,
     claim::Claim,
-    http::{self, Follower, Metrics, OrderApi, Probes, Sagas, Stopping},
+    http::{self, OrderApi},
     order::Repositories,
     payment::{SimulatedProvider, TROUBLE_RATE},
     services,
@@ -124,6 +126,7 @@ async fn serve_on(
     let health = runtime.health();
     let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), announced: stop.clone() };
     let stopping = Stopping::new(stop, arguments.grace);
+    let accepted = http::accepted(&metrics)?;
     let api = matches!(arguments.role, Role::All | Role::Order).then(|| {
         let follower = Follower::default();
         let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
@@ -133,7 +136,7 @@ async fn serve_on(
             store: store.clone(),
             repositories,
             sagas,
-            metrics,
+            accepted,
             store_url: arguments.store.to_string(),
             bus_url: arguments.bus.to_string(),
         }
@@ -141,7 +144,10 @@ async fn serve_on(
     say_where(arguments, listener.as_ref())?;
     match listener {
         // The services keep working until the last request is answered.
-        Some(listener) => http::serve(listener, http::app(api, probes), stopping).await?,
+        Some(listener) => {
+            let routes = api.map_or_else(Router::new, http::routes);
+            annals_http::serve(listener, annals_http::app(routes, Limits::default(), probes), stopping).await?
+        }
         None => stopping.announced.cancelled().await,
     }
     let by_itself = !asked.is_cancelled();

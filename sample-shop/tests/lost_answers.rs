@@ -8,13 +8,14 @@ use annals::{
     Commit, CommitError, Committed, Document, DocumentKey, EventStore, Health, LogPage, LogQuery, MemoryStore,
     Position, Recorded, Scan, StoreError, StoreStatus, StreamId, Version,
 };
+use annals_http::{Follower, Limits, Metrics, Probes, Sagas};
 use annals_tests::faulty::FaultyStore;
 use async_trait::async_trait;
 use axum::body::{Body, to_bytes};
 use hyper::{Request, StatusCode, service::Service};
 use hyper_util::service::TowerToHyperService;
 use sample_shop::{
-    http::{self, Follower, Metrics, OrderApi, Probes, Sagas},
+    http::{self, OrderApi},
     order::Repositories,
 };
 use serde_json::{Value, json};
@@ -28,11 +29,12 @@ fn api_alone(store: Arc<dyn EventStore>) -> axum::Router {
         store: store.clone(),
         repositories: Repositories::new(&store),
         sagas,
-        metrics: metrics.clone(),
+        accepted: http::accepted(&metrics).unwrap(),
         store_url: String::new(),
         bus_url: String::new(),
     };
-    http::app(Some(api), Probes { store, health: Health::default(), metrics, announced: CancellationToken::new() })
+    let probes = Probes { store, health: Health::default(), metrics, announced: CancellationToken::new() };
+    annals_http::app(http::routes(api), Limits::default(), probes)
 }
 
 #[tokio::test]

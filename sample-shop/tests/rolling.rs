@@ -26,6 +26,15 @@ fn order() -> String {
     json!({"lines": [{"sku": "85123A", "quantity": 1, "unit_price": "2.55"}]}).to_string()
 }
 
+/// Ends the customers when the test ends, also after a panic.
+struct UntilDropped<'d>(&'d AtomicBool);
+
+impl Drop for UntilDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Places orders alternately at two addresses until `done` is set. If one address accepts no connection, sends the
 /// order to the other address.
 fn buy(client: usize, at: [SocketAddr; 2], done: &AtomicBool) -> (Vec<String>, Vec<String>) {
@@ -67,6 +76,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
     let done = AtomicBool::new(false);
     let ended: Vec<_> = std::thread::scope(|scope| {
         let done = &done;
+        let open = UntilDropped(done);
         let clients: Vec<_> = (0..6).map(|client| scope.spawn(move || buy(client, at, done))).collect();
         for service in &mut shop {
             *service = service.take().map(Serving::stop_and_restart);
@@ -76,7 +86,7 @@ async fn rolling_restart_of_all_services_fails_no_request() {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        done.store(true, Ordering::Relaxed);
+        drop(open);
         clients.into_iter().map(|client| client.join().unwrap()).collect()
     });
     let failed: Vec<_> = ended.iter().flat_map(|(_, failed)| failed).collect();

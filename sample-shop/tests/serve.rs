@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sample_shop::http::{BODY_BYTES_MAX, BODY_TIME_MAX};
+use annals_http::{BODY_BYTES_MAX, BODY_TIME_MAX};
 use serde_json::{Value, json};
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteConnectOptions};
 
@@ -66,13 +66,13 @@ fn order_completes_and_shows_its_progress() {
     assert_eq!(shop.get("/healthz").json(), json!({"status": "ok"}));
     let metrics = shop.get("/metrics").text;
     for line in [
-        "shop_http_requests_total{method=\"POST\",route=\"/orders\",status=\"201\"} 1",
+        "annals_http_requests_total{method=\"POST\",route=\"/orders\",status=\"201\"} 1",
         "shop_taken_in_total{kind=\"order\"} 1",
-        "shop_sagas_ended_total{saga=\"checkout\",status=\"completed\"} 1",
-        "shop_part_state{part=\"order.relay/0\",state=\"fine\"} 1",
-        "shop_lag_events{reader=\"order.checkout.start/0\"} ",
-        "shop_log_readers_wait 0",
-        "shop_store_up 1",
+        "annals_sagas_ended_total{saga=\"checkout\",status=\"completed\"} 1",
+        "annals_part_state{part=\"order.relay/0\",state=\"fine\"} 1",
+        "annals_lag_events{reader=\"order.checkout.start/0\"} ",
+        "annals_log_readers_wait 0",
+        "annals_store_up 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
@@ -220,6 +220,13 @@ fn body_is_limited_in_bytes_and_time() {
     let headers = [("content-type", "application/json")];
     let large = format!("{{\"customer\": \"{}\"}}", "x".repeat(BODY_BYTES_MAX));
     shop.ask("POST", "/orders", &headers, &large).is_problem(413, &["1000000 bytes"]);
+    // This body declares its length and never arrives.
+    let mut declared = shop.connect();
+    let head = "POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ncontent-length: 2000000\r\n\r\n{";
+    let started = std::time::Instant::now();
+    declared.write_all(head.as_bytes()).unwrap();
+    read_answer(&mut declared).unwrap().is_problem(413, &["1000000 bytes"]);
+    assert!(started.elapsed() < BODY_TIME_MAX, "{:?}", started.elapsed());
     // This body has no declared length.
     let mut chunked =
         b"POST /orders HTTP/1.1\r\nhost: shop\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();

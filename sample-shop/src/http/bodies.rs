@@ -1,5 +1,9 @@
 //! The bodies of requests and answers, as JSON.
 
+use annals_http::{
+    SagaView,
+    json::{Object, whole_number},
+};
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
 use serde::{
@@ -7,20 +11,11 @@ use serde::{
     de::{Error, IntoDeserializer},
 };
 
-use super::json::{Object, whole_number};
 use crate::{
     card::Card,
     inventory::Change,
     order::{Line, ShopBooks},
 };
-
-/// The header with the idempotency key of a request. The key becomes the id of the new order, return, supply or
-/// closing, so a repeated request with the same key creates nothing new.
-pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
-/// The header that marks the answer to a repeated request.
-pub const REPLAYED: &str = "idempotency-replayed";
-/// The status of a saga that is waiting for an operator.
-pub const STUCK: &str = "stuck";
 
 /// The body of `POST /orders`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -176,47 +171,82 @@ pub struct ClosingView {
     pub saga: Option<SagaView>,
 }
 
-/// The state of a saga, and its history.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SagaView {
-    pub saga: String,
-    /// `running`, `compensating`, `completed`, `compensated` or `stuck`.
-    pub status: String,
-    /// The current step.
-    pub step: String,
-    pub started_at: DateTime<Utc>,
-    pub ended_at: Option<DateTime<Utc>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-    pub timeline: Vec<Moment>,
-}
+#[cfg(test)]
+mod tests {
+    use annals_http::json::{Object, read};
+    use serde::de::DeserializeOwned;
 
-/// An event in the history of a saga.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Moment {
-    pub at: DateTime<Utc>,
-    /// `saga.started`, `saga.replied`, `saga.timed`, `saga.operated` or `saga.migrated`.
-    pub event: String,
-    /// The step that the event is about.
-    pub step: String,
-    /// The outcome of a reply: `done`, `refused`, `failed` or `unknown`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<String>,
-    /// Why the step was not done.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// The status of the saga after the event.
-    pub status: String,
-}
+    use super::*;
 
-impl SagaView {
-    /// Returns whether the saga has ended or waits for an operator.
-    pub fn has_settled(&self) -> bool {
-        self.ended_at.is_some() || self.is_stuck()
+    fn detail<T: DeserializeOwned>(body: &str) -> (u16, String) {
+        let problem = read::<Object<T>>(body.as_bytes()).map(drop).expect_err(body);
+        (problem.status, problem.detail)
     }
 
-    /// Returns whether the saga is waiting for an operator.
-    pub fn is_stuck(&self) -> bool {
-        self.status == STUCK
+    #[test]
+    fn wrong_shape_names_field_expectation_and_finding() {
+        let line = |line: &str| format!(r#"{{"lines": [{{"sku":"a","quantity":1,"unit_price":"1"}}, {line}]}}"#);
+        for (body, parts) in [
+            ("[]".to_owned(), &["invalid type: sequence, expected an object"][..]),
+            (r#"["x", [], "good"]"#.into(), &["invalid type: sequence, expected an object"]),
+            ("1".into(), &["integer `1`, expected an object"]),
+            ("null".into(), &["null, expected an object"]),
+            (r#"{"lines": {}}"#.into(), &["lines: invalid type: map, expected a sequence"]),
+            (r#"{"lines": ["a"]}"#.into(), &["lines[0]: ", "string \"a\", expected an object"]),
+            (line(r#"["a", 1, "1"]"#), &["lines[1]: ", "sequence, expected an object"]),
+            (line(r#"{"sku": 1}"#), &["lines[1].sku: ", "integer `1`, expected a string"]),
+            (
+                line(r#"{"sku": "a", "quantity": -1}"#),
+                &["lines[1].quantity: ", "`-1`, expected a whole number from 0 to 4294967295"],
+            ),
+            (
+                line(r#"{"sku": "a", "quantity": "1"}"#),
+                &["lines[1].quantity: ", "string \"1\", expected a whole number"],
+            ),
+            (
+                line(r#"{"sku": "a", "quantity": 1.5}"#),
+                &["lines[1].quantity: ", "floating point `1.5`, expected a whole number"],
+            ),
+            (
+                line(r#"{"sku": "a", "quantity": 1, "unit_price": 2.55}"#),
+                &["lines[1].unit_price: ", "`2.55`, expected a string"],
+            ),
+            (
+                line(r#"{"sku": "a", "quantity": 1, "unit_price": "x"}"#),
+                &["lines[1].unit_price: ", "\"x\" is not an amount; a valid amount is \"2.55\""],
+            ),
+            (line(r#"{"sku": "a"}"#), &["lines[1]: ", "missing field `quantity`"]),
+            (r#"{"lines": [], "lines": []}"#.into(), &["duplicate field `lines`"]),
+            (r#"{"lines": [], "card": 5}"#.into(), &["card: ", "integer `5`, expected a string"]),
+            (r#"{"lines": [], "card": "x"}"#.into(), &["card: ", "unknown variant `x`, expected one of `good`"]),
+            (r#"{"lines": [], "customer": ["x"]}"#.into(), &["customer: ", "sequence, expected a string"]),
+        ] {
+            let (status, detail) = detail::<NewOrder>(&body);
+            assert_eq!(status, 422, "{body}: {detail}");
+            for part in parts {
+                assert!(detail.contains(part), "{body}: {detail}");
+            }
+        }
+        for (body, part) in [
+            (r#"{"delivered": [], "adjusted": []}"#, "either `delivered` or `adjusted`"),
+            ("{}", "either `delivered` or `adjusted`"),
+            (r#"{"delivered": 1}"#, "delivered: invalid type: integer `1`, expected a sequence"),
+            (r#"{"delivered": [["a", 1]]}"#, "delivered[0]: invalid type: sequence, expected an object"),
+            (r#"{"adjusted": [{"sku": "a", "quantity": 1e30}]}"#, "adjusted[0].quantity: "),
+            (r#""delivered""#, "expected an object"),
+        ] {
+            let (status, detail) = detail::<NewSupply>(body);
+            assert!(status == 422 && detail.contains(part), "{body}: {status} {detail}");
+        }
+        let (_, long) = detail::<NewOrder>(&format!(r#"{{"lines": "{}"}}"#, "x".repeat(1_000)));
+        assert_eq!(long.chars().count(), 300);
+    }
+
+    #[test]
+    fn invalid_json_is_distinguished_from_wrong_shape() {
+        for body in ["", "{", "{]", "{\"lines\": 1", "{\"lines\": []} x", "nul", "\u{feff}{}"] {
+            let (status, detail) = detail::<NewOrder>(body);
+            assert!(status == 400 && detail.starts_with("the body is not JSON"), "{body}: {status} {detail}");
+        }
     }
 }

@@ -4,6 +4,9 @@
 use std::{borrow::Borrow, sync::Arc, time::Duration};
 
 use annals::{Aggregate, Event, EventStore, ExecuteError, Recorded, Repository, StreamId, Version};
+use annals_http::{
+    Id, Problem, REPLAYED, SagaView, Sagas, Submission, Wait, Watch, Whole, asked, id, wait, without_files,
+};
 use axum::{
     Json, Router,
     extract::State,
@@ -13,20 +16,17 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use prometheus::IntCounterVec;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    bodies::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, REPLAYED, ReturnView, SagaView, SupplyView},
-    follower::Whole,
-    metrics::Metrics,
-    problem::{Problem, without_files},
-    sagas::{Sagas, Watch},
-    submission::{Id, Submission, Wait, asked, id, order_lines, sku, wait},
+    bodies::{ClosingView, NewOrder, NewReturn, NewSupply, OrderView, ReturnView, SupplyView},
+    checks::{order_lines, sku},
 };
 use crate::order::{
     BY_CUSTOMER, ClosingCommand, ClosingEvent, Order, OrderCommand, OrderEvent, OrderRefusal, Repositories,
-    ReturnCommand, ReturnEvent, SupplyEvent,
+    ReturnCommand, ReturnEvent, SupplyEvent, request,
 };
 
 /// The maximum number of events read per order, return, supply or closing. In practice, a stream has at most three
@@ -41,7 +41,8 @@ pub struct OrderApi {
     pub store: Arc<dyn EventStore>,
     pub repositories: Repositories,
     pub sagas: Sagas,
-    pub metrics: Arc<Metrics>,
+    /// Counts the accepted submissions by their kind.
+    pub accepted: IntCounterVec,
     /// The store URL without its password, which closings report.
     pub store_url: String,
     /// The bus URL without its passwords, which closings report.
@@ -134,7 +135,7 @@ async fn cancel(State(api): State<Arc<OrderApi>>, order: Id, headers: HeaderMap)
     let order_id = id(order)?;
     // The cancellation is a request of its own, with an id different from that of the request that placed the order. A
     // repeated cancellation finds the order already cancelled.
-    let request = asked("cancel", &order_id, &headers);
+    let request = asked(request("cancel", &order_id), &headers);
     let cancel = OrderCommand::Cancel { reason: BY_CUSTOMER.into() };
     match api.repositories.orders.execute(&order_id, cancel, request).await {
         Ok(_) => {}
@@ -260,10 +261,11 @@ impl OrderApi {
         command: A::Command,
     ) -> Result<Accepted<'_, A::Event>, Problem> {
         let watch = (!wait.is_zero()).then(|| self.watch(repository, saga, id, *wait)).transpose()?;
-        let decided = repository.create(id, command, asked(A::CATEGORY, id, headers)).await.map_err(problem)?;
+        let decided =
+            repository.create(id, command, asked(request(A::CATEGORY, id), headers)).await.map_err(problem)?;
         let repeated = decided.repeated || decided.events.is_empty();
         if !repeated {
-            self.metrics.accepted(A::CATEGORY);
+            self.accepted.with_label_values(&[A::CATEGORY]).inc();
         }
         let first = match decided.events.into_iter().next() {
             Some(first) => Some(first),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use annals::{Metadata, Request, TraceContext};
+use annals::{Metadata, TraceContext};
 use axum::{
     body::Bytes,
     extract::{
@@ -14,36 +14,40 @@ use axum::{
 use serde::{Deserialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{
-    bodies::IDEMPOTENCY_KEY,
+use crate::{
     json::{self, Object},
     limits::WAIT_MAX,
     problem::Problem,
 };
-use crate::order::{LINES_MAX, Line, request};
 
-/// The maximum length of an id, SKU or customer, in bytes. A stream id has room for a category and an id of this
-/// length.
+/// The header with the idempotency key of a request. The key becomes the id of the new resource, so a repeated request
+/// with the same key creates nothing new.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// The header that marks the answer to a repeated request.
+pub const REPLAYED: &str = "idempotency-replayed";
+/// The maximum length of an id, in bytes. A stream id has room for a category and an id of this length.
 pub const ID_BYTES_MAX: usize = 200;
 
-/// An id from a path.
+/// An id from a path; see [`id`].
 pub type Id = Result<Path<String>, PathRejection>;
-/// `?wait=10s`.
+/// The parameter `?wait=10s` of a request; see [`wait`].
 pub type Wait = Result<Query<WaitParameters>, QueryRejection>;
 
 /// The time to wait for the end of the requested saga.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WaitParameters {
     wait: Option<String>,
 }
 
-/// A request that submits an order, a return, a supply or a closing.
+/// A request that creates a resource. The idempotency key of the request is the id of the resource.
+#[derive(Debug)]
 pub struct Submission {
-    /// The key, which becomes the id of the submission.
+    /// The key, which becomes the id of the resource. A request without a key gets a new id.
     pub id: String,
     /// The time to wait for the end of the submission's saga.
     pub wait: Duration,
+    /// The headers.
     pub headers: HeaderMap,
     sent: Bytes,
 }
@@ -63,7 +67,11 @@ impl<S: Send + Sync> FromRequest<S> for Submission {
 }
 
 impl Submission {
-    /// Reads the body as JSON. Rejects unknown fields.
+    /// Reads the body as JSON.
+    ///
+    /// # Errors
+    /// A 415 if the content type is not JSON, a 400 if the body is not JSON, and a 422 if the JSON does not have the
+    /// expected shape.
     pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
         body(&self.headers, &self.sent)
     }
@@ -73,18 +81,20 @@ fn bad(detail: impl Into<String>) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, detail)
 }
 
-fn unprocessable(detail: impl Into<String>) -> Problem {
-    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
-}
-
-/// Returns the id if it is valid.
+/// Returns the id of a path.
+///
+/// # Errors
+/// A 400 if the id is empty, too long, or has a control character.
 pub fn id(id: Id) -> Result<String, Problem> {
     let Path(id) = id.map_err(|error| bad(error.body_text()))?;
-    named("the id", &id).map_err(bad)?;
+    check_name("the id", &id).map_err(bad)?;
     Ok(id)
 }
 
-/// Reads a number of seconds, with or without an `s`; at most [`WAIT_MAX`].
+/// Returns the time to wait: a number of seconds, with or without an `s`; at most [`WAIT_MAX`].
+///
+/// # Errors
+/// A 400 if the parameter is not a number of seconds, or if the request has another parameter.
 pub fn wait(wait: Wait) -> Result<Duration, Problem> {
     let Query(WaitParameters { wait }) = wait.map_err(|error| bad(error.body_text()))?;
     let Some(text) = wait else { return Ok(Duration::ZERO) };
@@ -103,14 +113,14 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
     let text = std::str::from_utf8(value.as_bytes()).map_err(|_| bad("the Idempotency-Key is not UTF-8"))?;
     // The draft of the standard puts the key in quotes, but hardly any client does.
     let text = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
-    named("the Idempotency-Key", text).map_err(bad)?;
+    check_name("the Idempotency-Key", text).map_err(bad)?;
     Ok(text.to_owned())
 }
 
-/// Returns the request for the submission with this id. A repeated request has the same command id.
-pub fn asked(category: &str, id: &str, headers: &HeaderMap) -> Request {
-    let command_id = request(category, id);
-    Request { command_id, metadata: Metadata { trace: trace(headers), ..Metadata::of_request(command_id) } }
+/// Returns the request with this command id, in the trace of the HTTP request.
+pub fn asked(command_id: Uuid, headers: &HeaderMap) -> annals::Request {
+    let metadata = Metadata { trace: trace(headers), ..Metadata::of_request(command_id) };
+    annals::Request { command_id, metadata }
 }
 
 /// Returns the W3C trace context of a request, if it is valid.
@@ -129,23 +139,11 @@ fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Pro
     json::read::<Object<T>>(body).map(|Object(body)| body)
 }
 
-/// Checks that the customer and the lines can be stored. The order itself checks the sum of the lines.
-pub fn order_lines(customer: Option<&str>, lines: &[Line]) -> Result<(), Problem> {
-    if let Some(customer) = customer {
-        named("the customer", customer).map_err(unprocessable)?;
-    }
-    if lines.len() > LINES_MAX {
-        return Err(unprocessable(format!("there are {} lines; the limit is {LINES_MAX}", lines.len())));
-    }
-    lines.iter().try_for_each(|line| sku(&line.sku))
-}
-
-/// Checks that the string can be a SKU.
-pub fn sku(sku: &str) -> Result<(), Problem> {
-    named("the SKU", sku).map_err(unprocessable)
-}
-
-fn named(what: &str, text: &str) -> Result<(), String> {
+/// Checks that a text can be an id or a name. `what` begins the error, such as `the customer`.
+///
+/// # Errors
+/// Says why the text is no name: it is empty, longer than [`ID_BYTES_MAX`], or has a control character.
+pub fn check_name(what: &str, text: &str) -> Result<(), String> {
     match text {
         text if text.trim().is_empty() => Err(format!("{what} is empty")),
         text if text.len() > ID_BYTES_MAX => {

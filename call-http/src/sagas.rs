@@ -1,6 +1,6 @@
 //! Reads a saga's stream, and waits for its end.
 
-use std::{borrow::Borrow, sync::Arc, time::Duration};
+use std::{borrow::Borrow, fmt, sync::Arc, time::Duration};
 
 use annals::{
     EventStore, Recorded, StreamId, Version,
@@ -8,11 +8,11 @@ use annals::{
 };
 use axum::http::StatusCode;
 use chrono::{DateTime, TimeZone, Utc};
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    bodies::{Moment, SagaView},
+use crate::{
     follower::{Followed, Follower, Whole},
     problem::{Problem, without_files},
 };
@@ -20,16 +20,79 @@ use super::{
 /// The maximum number of events shown per saga. Only a saga that repeats its steps endlessly has more.
 const TIMELINE_MAX: usize = 1_000;
 
-/// The sagas of the order service.
+/// The status of a saga that is waiting for an operator.
+pub const STUCK: &str = "stuck";
+
+/// The state of a saga, and its history.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SagaView {
+    /// The name of the saga's definition.
+    pub saga: String,
+    /// `running`, `compensating`, `completed`, `compensated` or `stuck`.
+    pub status: String,
+    /// The current step.
+    pub step: String,
+    /// When the saga started, by the clock of the store.
+    pub started_at: DateTime<Utc>,
+    /// When the saga ended; `null` while it runs.
+    pub ended_at: Option<DateTime<Utc>>,
+    /// Why the saga was compensated or got stuck.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+    /// The events of the saga, oldest first; at most 1,000.
+    pub timeline: Vec<Moment>,
+}
+
+/// An event in the history of a saga.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Moment {
+    /// When the event was recorded.
+    pub at: DateTime<Utc>,
+    /// `saga.started`, `saga.replied`, `saga.timed`, `saga.operated` or `saga.migrated`.
+    pub event: String,
+    /// The step that the event is about.
+    pub step: String,
+    /// The outcome of a reply: `done`, `refused`, `failed` or `unknown`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<String>,
+    /// Why the step was not done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The status of the saga after the event.
+    pub status: String,
+}
+
+impl SagaView {
+    /// Returns whether the saga has ended or waits for an operator.
+    pub fn has_settled(&self) -> bool {
+        self.ended_at.is_some() || self.is_stuck()
+    }
+
+    /// Returns whether the saga is waiting for an operator.
+    pub fn is_stuck(&self) -> bool {
+        self.status == STUCK
+    }
+}
+
+/// The sagas of a service.
 #[derive(Clone)]
 pub struct Sagas {
+    /// The store of the sagas.
     pub store: Arc<dyn EventStore>,
+    /// The follower that signals the ends of sagas.
     pub follower: Follower,
     /// Cancelled when requests must stop waiting.
     pub over: CancellationToken,
 }
 
+impl fmt::Debug for Sagas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sagas").field("follower", &self.follower).finish_non_exhaustive()
+    }
+}
+
 /// A request's watch on a saga, with the time for which the request may wait.
+#[derive(Debug)]
 pub struct Watch<'s> {
     sagas: &'s Sagas,
     until: Instant,
@@ -38,6 +101,9 @@ pub struct Watch<'s> {
 
 impl Sagas {
     /// Watches the saga with this name for the stream `subject`, for the given time.
+    ///
+    /// # Errors
+    /// A 400 if the id of the subject cannot be the id of a saga.
     pub fn watch(&self, saga: &str, subject: StreamId, wait: Duration) -> Result<Watch<'_>, Problem> {
         let stream = StreamId::new(&format!("saga.{saga}"), subject.id());
         let stream = stream.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))?;
@@ -66,12 +132,18 @@ impl Watch<'_> {
     }
 
     /// Returns the current state of the saga; `None` if the saga has not started.
+    ///
+    /// # Errors
+    /// A 503 if the store does not answer, and a 500 if this build cannot read the saga.
     pub async fn view(&self) -> Result<Option<SagaView>, Problem> {
         let events = self.sagas.store.read_stream(&self.followed.saga, Version::START, TIMELINE_MAX).await;
         self.view_of(&events.map_err(|error| Problem::unavailable(without_files(&error)))?)
     }
 
     /// Returns the state of the saga. `events` must be all events of the saga.
+    ///
+    /// # Errors
+    /// A 500 if this build cannot read the saga.
     pub fn view_of(&self, events: &[impl Borrow<Recorded>]) -> Result<Option<SagaView>, Problem> {
         let mut timeline = Vec::with_capacity(events.len());
         let mut last = None::<Progress>;
@@ -90,7 +162,7 @@ impl Watch<'_> {
             };
             let reason = reason.map(|reason| without_files(&reason));
             let progress = happened.progress().clone();
-            // A reply belongs to the step before the transition that the reply caused.
+            // A reply belongs to the step at which the saga waited before the reply arrived.
             let step = last.as_ref().map_or(&progress.step, |before| &before.step).clone();
             timeline.push(Moment {
                 at: event.recorded_at,

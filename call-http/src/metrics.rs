@@ -25,13 +25,13 @@ const CHECKPOINTS_MAX: usize = 1_000;
 const SECONDS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 
 /// The metrics of one process.
+#[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     seconds: HistogramVec,
     /// The number of requests in progress.
-    pub in_hand: IntGauge,
-    accepted: IntCounterVec,
+    pub(crate) in_hand: IntGauge,
     sagas: IntCounterVec,
     parts: IntGaugeVec,
     lag: IntGaugeVec,
@@ -44,6 +44,9 @@ pub struct Metrics {
 
 impl Metrics {
     /// Creates the metrics, all at zero.
+    ///
+    /// # Errors
+    /// Fails if a metric is not valid, which is a fault of this crate.
     pub fn new() -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
@@ -63,64 +66,62 @@ impl Metrics {
         };
         let readers_wait_for = GaugeVec::new(
             Opts::new(
-                "shop_log_readers_wait_seconds",
+                "annals_log_readers_wait_seconds",
                 "Age of the oldest transaction that readers of the log wait for, by its pid; 0 if it is prepared.",
             ),
             &["pid"],
         )?;
         registry.register(Box::new(readers_wait_for.clone()))?;
         let options = HistogramOpts::new(
-            "shop_http_request_seconds",
+            "annals_http_request_seconds",
             "Time to answer a request, including the time that the request asked to wait.",
         );
         let seconds = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["method", "route"])?;
         registry.register(Box::new(seconds.clone()))?;
         Ok(Arc::new(Self {
-            requests: counters("shop_http_requests_total", "Requests answered.", &["method", "route", "status"])?,
+            requests: counters("annals_http_requests_total", "Requests answered.", &["method", "route", "status"])?,
             seconds,
-            in_hand: gauge("shop_http_requests_in_hand", "Requests that are not answered yet.")?,
-            accepted: counters(
-                "shop_taken_in_total",
-                "Orders and other submissions that this process accepted, without repeats.",
-                &["kind"],
-            )?,
+            in_hand: gauge("annals_http_requests_in_progress", "Requests that are not answered yet.")?,
             sagas: counters(
-                "shop_sagas_ended_total",
+                "annals_sagas_ended_total",
                 "Sagas that ended or got stuck since this process started, on any instance.",
                 &["saga", "status"],
             )?,
-            parts: gauges("shop_part_state", "1 for the state that a part is in.", &["part", "state"])?,
+            parts: gauges("annals_part_state", "1 for the state that a part is in.", &["part", "state"])?,
             lag: gauges(
-                "shop_lag_events",
+                "annals_lag_events",
                 "How far a reader of the log is behind its head, in positions.",
                 &["reader"],
             )?,
-            head: gauge("shop_log_head", "The last position of the log that readers can see.")?,
-            readers_wait: gauge("shop_log_readers_wait", "1 while readers of the log wait for an older transaction.")?,
+            head: gauge("annals_log_head_position", "The last position of the log that readers can see.")?,
+            readers_wait: gauge(
+                "annals_log_readers_wait",
+                "1 while readers of the log wait for an older transaction.",
+            )?,
             readers_wait_for,
             lost_end: gauge(
-                "shop_log_lost_end_position",
+                "annals_log_lost_end_position",
                 "Position of the last event that this process read before the log lost its end; 0 if the log has \
                  lost nothing.",
             )?,
-            store_up: gauge("shop_store_up", "1 if the store answers.")?,
+            store_up: gauge("annals_store_up", "1 if the store answers.")?,
             registry,
         }))
     }
 
     /// Counts an answer.
-    pub fn answered(&self, method: &str, route: &str, status: u16, elapsed: Duration) {
+    pub(crate) fn answered(&self, method: &str, route: &str, status: u16, elapsed: Duration) {
         self.requests.with_label_values(&[method, route, status.to_string().as_str()]).inc();
         self.seconds.with_label_values(&[method, route]).observe(elapsed.as_secs_f64());
     }
 
-    /// Counts an accepted order, or an accepted return, supply or closing.
-    pub fn accepted(&self, kind: &str) {
-        self.accepted.with_label_values(&[kind]).inc();
+    /// The registry, to which a service adds metrics of its own.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
     }
 
     /// Counts the end of a saga.
-    pub fn saga_ended(&self, category: &str, status: Status) {
+    pub(crate) fn saga_ended(&self, category: &str, status: Status) {
         let status = match status {
             Status::Completed => "completed",
             Status::Compensated => "compensated",
@@ -131,6 +132,9 @@ impl Metrics {
     }
 
     /// Returns all metrics in the format of Prometheus, with the current state of the store and of the parts.
+    ///
+    /// # Errors
+    /// Fails if a metric is not valid.
     pub async fn text(&self, store: &Arc<dyn EventStore>, health: &Health) -> Result<String, prometheus::Error> {
         self.parts.reset();
         for (part, state) in health.parts() {
@@ -249,7 +253,7 @@ mod tests {
         });
         let shown = shown.await.unwrap();
         assert!(shown.contains("annals_dead_letters_total{subscription=\"fails\"} 1"), "{shown}");
-        assert!(shown.contains("shop_part_state{part=\"fails/0\",state=\"needs_attention\"} 1"), "{shown}");
+        assert!(shown.contains("annals_part_state{part=\"fails/0\",state=\"needs_attention\"} 1"), "{shown}");
         assert!(!shown.contains("84029E"), "{shown}");
     }
 }

@@ -34,7 +34,7 @@ impl Problem {
         Self { kind: "about:blank".into(), title, status: status.as_u16(), detail: detail.into() }
     }
 
-    /// Returns a 503: the shop cannot answer now, and the request had no effect. The client can repeat the request with
+    /// Returns a 503: the service cannot answer now, and the request had no effect. The client can repeat the request with
     /// the same key.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)

@@ -1,4 +1,4 @@
-//! Accepts connections, applies limits to each of them, and closes them when the shop stops.
+//! Accepts connections, applies limits to each of them, and closes them when the service stops.
 
 use std::{
     io,
@@ -40,13 +40,13 @@ const FIRST_REQUEST: Duration = Duration::from_secs(1);
 /// ran out of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
-/// How the shop stops.
+/// How the service stops.
 #[derive(Clone, Debug)]
 pub struct Stopping {
-    /// Cancelled when the shop is asked to stop. From then on, `/readyz` reports the stop, and each answer asks its
+    /// Cancelled when the service is asked to stop. From then on, `/readyz` reports the stop, and each answer asks its
     /// client to close the connection.
     pub announced: CancellationToken,
-    /// The grace: how long the shop keeps accepting connections and requests after `announced` is cancelled.
+    /// The grace: how long the service keeps accepting connections and requests after `announced` is cancelled.
     pub grace: Duration,
     /// Cancelled when the grace is over. From then on, no connection is accepted, and no request waits any longer.
     pub over: CancellationToken,
@@ -66,6 +66,9 @@ impl Stopping {
 }
 
 /// Serves until the grace of `stopping` is over. Then answers the requests in progress and closes the connections.
+///
+/// # Errors
+/// None: a connection that fails is logged.
 pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Result<(), String> {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();

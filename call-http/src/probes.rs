@@ -1,6 +1,6 @@
 //! `/healthz`, `/readyz` and `/metrics`, which every service has.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use annals::{EventStore, Health, StoreStatus, health::State as PartState};
 use axum::{
@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{
+use crate::{
     metrics::Metrics,
     problem::{Problem, without_files},
 };
@@ -25,11 +25,20 @@ const STORE_TIME_MAX: Duration = Duration::from_secs(2);
 /// The state that the probes inspect.
 #[derive(Clone)]
 pub struct Probes {
+    /// The store of the service.
     pub store: Arc<dyn EventStore>,
+    /// The health of the runtime.
     pub health: Health,
+    /// The metrics of the process.
     pub metrics: Arc<Metrics>,
-    /// Cancelled when the shop is asked to stop.
+    /// Cancelled when the service is asked to stop.
     pub announced: CancellationToken,
+}
+
+impl fmt::Debug for Probes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probes").field("health", &self.health).finish_non_exhaustive()
+    }
 }
 
 /// Returns the routes.

@@ -15,7 +15,7 @@ use annals::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::metrics::Metrics;
+use crate::metrics::Metrics;
 
 /// The delay before a failed read of the log is retried.
 const READ_AGAIN: Duration = Duration::from_millis(200);
@@ -27,18 +27,18 @@ const KEPT_BYTES_MAX: usize = 32_000;
 type Waiting = HashMap<StreamId, Vec<Arc<Watcher>>>;
 
 /// All waiting requests. Clones share the same requests.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Follower {
     waiting: Arc<Mutex<Waiting>>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Watcher {
     kept: Mutex<KeptEvents>,
     ended: Notify,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct KeptEvents {
     events: Vec<Arc<Recorded>>,
     /// The payload bytes of all events seen, including events that are no longer kept.
@@ -57,7 +57,9 @@ impl KeptEvents {
 }
 
 /// A saga and its subject, followed from the moment at which a request starts to wait. Dropping this value ends the wait.
+#[derive(Debug)]
 pub struct Followed {
+    /// The stream of the saga.
     pub saga: StreamId,
     subject: StreamId,
     follower: Follower,
@@ -65,8 +67,11 @@ pub struct Followed {
 }
 
 /// All events of a saga and of its subject at one moment.
+#[derive(Debug)]
 pub struct Whole {
+    /// The events of the saga.
     pub saga: Vec<Arc<Recorded>>,
+    /// The events of the subject.
     pub subject: Vec<Arc<Recorded>>,
 }
 
@@ -85,8 +90,11 @@ impl Follower {
         Followed { saga, subject, follower: self.clone(), seen }
     }
 
-    /// Follows the log from now on, including the events of all other instances. `categories` are the categories of the
-    /// sagas and of their subjects.
+    /// Follows the log from now on, including the events of all other instances, until `shutdown`. `categories` are the
+    /// categories of the sagas and of their subjects. A service runs this future as a part of its runtime.
+    ///
+    /// # Errors
+    /// Fails if the store does not answer at the start.
     pub async fn read(
         self,
         store: Arc<dyn EventStore>,
