@@ -207,6 +207,16 @@ impl<'s> Bench<'s> {
             self.measure("64 tasks, one aggregate", "annals", ours::contended(url, &run, count / 2)).await?;
         self.goal(contended, "≥ 5,000/s");
 
+        for (workload, callers) in [("one aggregate, 4 instances", 1), ("the same, 4 callers in each", 4)] {
+            let run = self.run();
+            let running = ours::four_instances(url, &run, count / 10, callers);
+            let contended = self.measure(workload, "annals", running).await?;
+            let stream = format!("counter-{}", self.run());
+            let running = raw::retry_loops(url, &stream, count / 10, callers);
+            let limit = self.measure(workload, "retry loops", running).await?;
+            self.rate(contended, limit, "retry loops", "≥ 2");
+        }
+
         let workload = "100 events a commit";
         let run = self.run();
         let hundreds = self.measure(workload, "annals", ours::hundreds(url, &run, count * 2)).await?;

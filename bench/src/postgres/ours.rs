@@ -22,6 +22,9 @@ use crate::{
     postgres::{Measured, histogram, rows},
 };
 
+/// The number of instances that write to one aggregate.
+pub const INSTANCES: usize = 4;
+
 /// An aggregate that counts its events. Each command says how many events to write.
 #[derive(Clone, Default)]
 pub struct Counter(u64);
@@ -123,7 +126,32 @@ pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, F
     Ok(measured)
 }
 
-/// Runs commands of 100 events each. The result counts events.
+/// Runs commands on one aggregate through four repositories that share no queue, as in four processes. Each repository
+/// has this number of commands in flight.
+pub async fn four_instances(url: &str, run: &str, count: usize, callers: usize) -> Result<Measured, Failure> {
+    let mut stores = Vec::new();
+    for _ in 0..INSTANCES {
+        stores.push(open(url).await?);
+    }
+    let instances = stores.iter().map(|store| {
+        let repository = Repository::<Counter>::new(Arc::new(store.clone()));
+        async move { all(vec![(run.to_owned(), 1); count / INSTANCES], &repository, callers, false).await }
+    });
+    let mut total = Measured { count: 0, seconds: 0.0, latency: Some(histogram()?) };
+    for measured in futures::future::try_join_all(instances).await? {
+        total.count += measured.count;
+        total.seconds = total.seconds.max(measured.seconds);
+        if let (Some(total), Some(latency)) = (&mut total.latency, measured.latency) {
+            total.add(latency)?;
+        }
+    }
+    for store in stores {
+        store.close().await?;
+    }
+    Ok(total)
+}
+
+/// Runs commands of 100 events each. The result counts events, not commands.
 pub async fn hundreds(url: &str, run: &str, events: usize) -> Result<Measured, Failure> {
     let store = open(url).await?;
     let repository = Repository::<Counter>::new(Arc::new(store.clone()));

@@ -1,7 +1,10 @@
 //! The baselines: plain sqlx on the same table and indexes, without decisions or checks.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
@@ -12,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     Failure,
-    postgres::{Measured, histogram, rows::EventRow},
+    postgres::{Measured, histogram, ours::INSTANCES, rows::EventRow},
 };
 
 /// The number of rows per statement.
@@ -60,6 +63,54 @@ pub async fn one_by_one(url: &str, rows: Vec<EventRow>, connections: usize) -> R
         .boxed()
     })
     .await
+}
+
+/// Appends to one stream over four connections, each with this number of callers. Each caller reads the version, and
+/// tries again if another caller has written first.
+pub async fn retry_loops(url: &str, stream: &str, count: usize, callers: usize) -> Result<Measured, Failure> {
+    let left = Arc::new(AtomicUsize::new(count));
+    let mut tasks = JoinSet::new();
+    let started = Instant::now();
+    for _ in 0..INSTANCES {
+        let connection = Arc::new(tokio::sync::Mutex::new(PgConnection::connect(url).await?));
+        for _ in 0..callers {
+            let connection = connection.clone();
+            let left = left.clone();
+            let stream = stream.to_owned();
+            tasks.spawn(async move {
+                let mut latency = histogram()?;
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+                    let asked = Instant::now();
+                    while !append_next(&mut *connection.lock().await, &stream).await? {}
+                    latency.record(u64::try_from(asked.elapsed().as_micros())?)?;
+                }
+                Ok::<_, Failure>(latency)
+            });
+        }
+    }
+    let mut latency = histogram()?;
+    while let Some(ended) = tasks.join_next().await {
+        latency.add(ended??)?;
+    }
+    Ok(Measured { count, seconds: started.elapsed().as_secs_f64(), latency: Some(latency) })
+}
+
+/// Appends the next event of a stream. Returns `false` if another writer was first.
+async fn append_next(connection: &mut PgConnection, stream: &str) -> Result<bool, Failure> {
+    let version: i64 = sqlx::query_scalar("SELECT coalesce(max(version), 0) FROM annals.events WHERE stream_id = $1")
+        .bind(stream)
+        .fetch_one(&mut *connection)
+        .await?;
+    let appended = sqlx::query(
+        "INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data, metadata)
+         VALUES ($1, $2, $3, 'counter.counted', 1, '{\"n\":1}', '{}') ON CONFLICT DO NOTHING",
+    )
+    .bind(stream)
+    .bind(version + 1)
+    .bind(uuid::Uuid::new_v4())
+    .execute(connection)
+    .await?;
+    Ok(appended.rows_affected() == 1)
 }
 
 type Statement<T> = for<'a> fn(&'a mut PgConnection, &'a T) -> BoxFuture<'a, Result<(), sqlx::Error>>;
