@@ -74,7 +74,13 @@ fn ring(room: &str) -> u32 {
     match room {
         "macros" | "shop-driver" => 0,
         "core" => 1,
-        room if room.starts_with("store-") || room.starts_with("bus-") || room == "conformance" => 2,
+        room if room.starts_with("store-")
+            || room.starts_with("bus-")
+            || room.starts_with("call-")
+            || room == "conformance" =>
+        {
+            2
+        }
         "cli" => 3,
         "sample-shop" | "examples" => 4,
         "tests" | "bench" => 5,
@@ -163,6 +169,37 @@ fn functions_have_at_most_80_lines() {
         long.extend(long_functions(&text).into_iter().map(|function| format!("{name}: {function}")));
     }
     assert!(long.is_empty(), "more than {FUNCTION_LINES_MAX} lines: {long:#?}");
+}
+
+#[test]
+fn each_let_binds_one_value() {
+    let workspace = Workspace::read();
+    let mut files = Vec::new();
+    for package in &workspace.packages {
+        rust_files(package.manifest_path.parent().unwrap(), &mut files);
+    }
+    let mut found = Vec::new();
+    for file in &files {
+        let text = fs::read_to_string(file).unwrap();
+        let name = file.strip_prefix(&workspace.workspace_root).unwrap().display();
+        let lets = text.lines().enumerate().filter(|(_, line)| binds_a_tuple_by_parts(line));
+        found.extend(lets.map(|(number, line)| format!("{name}:{}: {}", number + 1, line.trim())));
+    }
+    assert!(found.is_empty(), "write one `let` for each value: {found:#?}");
+}
+
+/// Returns whether the line has the form `let (a, b) = (x, y)`.
+fn binds_a_tuple_by_parts(line: &str) -> bool {
+    let pattern = line.trim_start().strip_prefix("let (").and_then(|rest| rest.split_once(") = ("));
+    // A pattern such as `(Some(a), Some(b))` checks both values, so it is not the same as two statements.
+    pattern.is_some_and(|(names, _)| names.contains(',') && !names.contains(['(', '[']))
+}
+
+#[test]
+fn let_of_a_tuple_is_found() {
+    assert!(binds_a_tuple_by_parts("    let (mut one, two) = (first(), second);"));
+    assert!(!binds_a_tuple_by_parts("    let (one, two) = pair;"));
+    assert!(!binds_a_tuple_by_parts("    let (Some(one), Some(two)) = (first, second) else { return };"));
 }
 
 /// Returns the names of functions that are too long. With rustfmt, the closing brace of a function is in the same
