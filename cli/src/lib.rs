@@ -27,9 +27,9 @@ mod confirm;
 #[cfg(feature = "command")]
 mod domain;
 #[cfg(feature = "command")]
-mod event;
-#[cfg(feature = "command")]
 mod event_filter;
+#[cfg(feature = "command")]
+mod event_lines;
 #[cfg(feature = "command")]
 mod exported;
 #[cfg(feature = "command")]

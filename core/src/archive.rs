@@ -1,6 +1,8 @@
 //! A second interface to a store, for tools that verify an entire store or move its contents. Services do not use this
 //! interface.
 
+pub mod line;
+
 use std::{borrow::Cow, sync::Arc};
 
 use async_trait::async_trait;

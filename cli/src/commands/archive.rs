@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::streams::streams;
 use crate::{
-    event::Lines,
+    event_lines::Lines,
     exported::{Archived, ExportWriter, FORMAT, Header, Section},
     failure::{Failure, Verdict},
     moment::Span,

@@ -14,7 +14,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    event::Lines,
+    event_lines::Lines,
     exported::{ExportWriter, FORMAT, Header, Section},
     failure::{Failure, Verdict},
     output::{Output, grouped},

@@ -2,13 +2,12 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use annals::{Recorded, StreamId, Version, pages};
+use annals::{Recorded, StreamId, Version, archive::line::write_line, pages};
 use chrono::{DateTime, Utc};
 use clap::Args;
 use futures::TryStreamExt;
 
 use crate::{
-    event::write_line,
     exported::{ExportItem, ExportReader},
     failure::{Failure, Verdict},
     moment::{self, Moment},

@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 
-use annals::{Document, DocumentKey};
+use annals::{
+    Document, DocumentKey,
+    archive::line::{EventLine, raw},
+};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
-
-use crate::event::{EventLine, raw};
 
 /// The version of the format that this build writes and reads.
 pub(crate) const FORMAT: u32 = 1;

@@ -13,7 +13,7 @@ use super::{
     format::{DocumentEntry, DocumentLine, Header, Section, SectionEntry},
     reader::{ExportItem, ExportReader},
 };
-use crate::{event::Lines, failure::Failure};
+use crate::{event_lines::Lines, failure::Failure};
 
 /// A section ends after this many lines or bytes. An interrupted export loses at most one section. An import reads a
 /// whole section into memory before writing any of it.

@@ -7,13 +7,13 @@ use std::{
     io::{self, BufRead, BufReader, BufWriter, Seek, SeekFrom, Write},
 };
 
-use annals::archive::Stored;
+use annals::archive::{
+    Stored,
+    line::{EventLine, write_line},
+};
 use uuid::Uuid;
 
-use crate::{
-    event::{EventLine, write_line},
-    failure::Failure,
-};
+use crate::failure::Failure;
 
 /// The maximum number of bytes held in memory before they are moved to a file.
 const MEMORY_BYTES: usize = 64 << 20;

@@ -29,7 +29,7 @@ impl HandlerTarget {
         let failed = |reason: &dyn std::fmt::Display| {
             Failure::new(format!("handler {name} failed at position {}: {reason}", event.position))
         };
-        let request = Request { command_id: message.id, metadata: message.effects() };
+        let request = Request::new(message.id, message.effects());
         let handler = &self.handler;
         let message = &message;
         let handled = Transaction::new(self.store.clone(), request).run(|mut work| async move {

@@ -8,7 +8,7 @@ use futures::TryStreamExt;
 use indicatif::ProgressBar;
 
 use super::{arguments::ReplayArgs, target::Target};
-use crate::{event::Lines, failure::Failure, stop::Stop, store::Store};
+use crate::{event_lines::Lines, failure::Failure, stop::Stop, store::Store};
 
 /// One pass over the range.
 pub(super) struct Pass<'a> {

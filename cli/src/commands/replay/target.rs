@@ -7,10 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use annals::Recorded;
+use annals::{Recorded, archive::line::write_line};
 
 use super::{handler::HandlerTarget, topic::TopicTarget};
-use crate::{event::write_line, failure::Failure, output::Output};
+use crate::{failure::Failure, output::Output};
 
 pub(super) enum Target<'a> {
     /// Only counts events.

@@ -1,19 +1,21 @@
-//! An event as a line of JSON: `read`, `tail`, `replay` and `export` write such lines, and `import` reads them.
+//! An event as a line of JSON, in the form that the `annals` command and the event streams of `annals-http` use.
 
 use std::{borrow::Cow, io::Write};
 
-use annals::{Position, Version, archive::Stored};
 use chrono::{DateTime, Datelike, SecondsFormat, Timelike, Utc};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
+
+use super::Stored;
+use crate::event::{Position, Version};
 
 /// Appends one event to `line` as a line of JSON that ends with a line break. This code formats the line itself, for
 /// speed: an export may have a million lines. Apart from the field names, the line holds exactly what [`EventLine`]
 /// reads.
 ///
 /// `is_json`: whether the caller knows that payload and metadata are JSON.
-pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
+pub fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) {
     // Writing to memory does not fail.
     _ = write!(line, r#"{{"position":{},"stream":"#, event.position.0);
     text(&event.stream, line);
@@ -36,28 +38,6 @@ pub(crate) fn write_line(event: &Stored<'_>, is_json: bool, line: &mut Vec<u8>) 
         }
     }
     line.extend_from_slice(b"}\n");
-}
-
-/// The lines of a batch of events.
-#[derive(Default)]
-pub(crate) struct Lines {
-    pub bytes: Vec<u8>,
-    pub count: u64,
-    /// The position of the last event that was added or skipped.
-    pub position: i64,
-}
-
-impl Lines {
-    pub fn add(&mut self, event: &Stored<'_>, is_json: bool) {
-        write_line(event, is_json, &mut self.bytes);
-        self.count += 1;
-        self.position = event.position.0;
-    }
-
-    /// Skips an event that does not match the filter.
-    pub fn skip(&mut self, event: &Stored<'_>) {
-        self.position = event.position.0;
-    }
 }
 
 /// Writes a string as a JSON string.
@@ -92,8 +72,8 @@ fn time(time: DateTime<Utc>, line: &mut Vec<u8>) {
 }
 
 /// A parsed line, whose strings borrow from the text of the line.
-#[derive(Deserialize)]
-pub(crate) struct EventLine<'a> {
+#[derive(Debug, Deserialize)]
+pub struct EventLine<'a> {
     position: i64,
     #[serde(borrow)]
     stream: Cow<'a, str>,
@@ -139,7 +119,7 @@ impl<'a> EventLine<'a> {
 }
 
 /// Returns the text as raw JSON if the line can hold every byte of the text unchanged.
-pub(crate) fn raw(text: &str) -> Option<&RawValue> {
+pub fn raw(text: &str) -> Option<&RawValue> {
     is_one_line(text).then(|| serde_json::from_str(text).ok()).flatten()
 }
 
