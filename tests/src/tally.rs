@@ -23,7 +23,7 @@ pub enum TallyEvent {
 }
 
 /// The commands for a tally.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Deserialize, utoipa::ToSchema)]
 pub enum TallyCommand {
     /// Adds this amount.
     Add(i64),
@@ -38,12 +38,12 @@ pub enum TallyCommand {
 }
 
 /// The tally is closed.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, thiserror::Error)]
 #[error("the tally is closed at {0}")]
 pub struct Closed(pub i64);
 
 /// A sum and the amounts that it consists of.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 pub struct Tally {
     /// All amounts, in order.
     pub amounts: Vec<i64>,

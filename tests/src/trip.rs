@@ -286,7 +286,7 @@ impl World {
     pub async fn request(&self, id: &str, request: Uuid, traceparent: Option<&str>) {
         let metadata = Metadata { trace: TraceContext::parse(traceparent, None), ..Metadata::of_request(request) };
         let tallies = Repository::<Tally>::new(self.store.clone());
-        let asked = annals::Request { command_id: request, metadata };
+        let asked = annals::Request::new(request, metadata);
         let added = tallies.execute(id, TallyCommand::Add(1), asked).await;
         added.unwrap_or_else(|error| panic!("request {id}: {error}"));
     }

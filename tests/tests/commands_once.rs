@@ -43,7 +43,7 @@ async fn repeated_command_is_found_for_any_number_of_events() {
                 let id = Uuid::new_v4();
                 let name = Uuid::new_v4().to_string();
                 let metadata = Metadata { causation_id: cause.unwrap_or(id), ..Metadata::of_request(id) };
-                let request = Request { command_id: id, metadata };
+                let request = Request::new(id, metadata);
                 let writer = Repository::<Tally>::new(store.clone());
                 let done = writer.execute(&name, TallyCommand::AddOnes(events), request.clone()).await.unwrap();
                 assert!(!done.repeated);

@@ -19,9 +19,9 @@ use crate::{
         command_queue::CommandQueue,
         fold::Folds,
         unsettled::Unsettled,
-        work::{Decided, Stale, Work, WorkError},
+        work::{Decided, Stale, StreamExpectation, Work, WorkError},
     },
-    event::{DecodeError, Metadata, Position, StreamId, StreamIdError},
+    event::{DecodeError, Metadata, Position, StreamId, StreamIdError, Version},
     store::{EventStore, StoreError},
 };
 
@@ -97,11 +97,28 @@ pub struct Request {
     pub command_id: Uuid,
     /// What caused the command.
     pub metadata: Metadata,
+    /// The version that the stream must have when the command is decided; `None` accepts any version. A repeated command
+    /// returns the outcome of its first execution, whatever the version is by then.
+    pub expected_version: Option<Version>,
+}
+
+impl Request {
+    /// Creates a request that accepts any version of the stream.
+    pub fn new(command_id: Uuid, metadata: Metadata) -> Self {
+        Self { command_id, metadata, expected_version: None }
+    }
+
+    /// Requires this version of the stream: a client that has read the aggregate at this version changes nothing that
+    /// the client has not seen. With version 0, the aggregate must not exist yet.
+    #[must_use]
+    pub fn at(self, version: Version) -> Self {
+        Self { expected_version: Some(version), ..self }
+    }
 }
 
 impl From<Uuid> for Request {
     fn from(command_id: Uuid) -> Self {
-        Self { command_id, metadata: Metadata::of_request(command_id) }
+        Self::new(command_id, Metadata::of_request(command_id))
     }
 }
 
@@ -112,6 +129,17 @@ pub enum ExecuteError<R: std::error::Error> {
     /// The aggregate refused the command.
     #[error("refused: {0}")]
     Refused(R),
+    /// The stream does not have the version that the request expects; see [`Request::at`]. Nothing was done: read the
+    /// aggregate again, and decide whether the command still makes sense.
+    #[error("stream {stream} is at version {found}, not at the expected version {expected}")]
+    OtherVersion {
+        /// The stream of the aggregate.
+        stream: StreamId,
+        /// The expected version.
+        expected: Version,
+        /// The version of the stream.
+        found: Version,
+    },
     /// The id or an event is invalid, or the commit is too large. A retry can never succeed.
     #[error("{0}")]
     Invalid(String),
@@ -237,8 +265,15 @@ impl<A: Aggregate> Repository<A> {
 
     /// Returns the current stored state of an aggregate.
     pub async fn state(&self, id: &str) -> Result<A, WorkError<A::Refusal>> {
+        Ok(self.state_and_version(id).await?.0)
+    }
+
+    /// Returns the current stored state of an aggregate, with its version. Version 0 means that the aggregate does not
+    /// exist.
+    pub async fn state_and_version(&self, id: &str) -> Result<(A, Version), WorkError<A::Refusal>> {
         let stream = self.stream(id)?;
-        Ok(self.folds.folded(&*self.folds.store, &stream, true, false).await?.state.clone())
+        let folded = self.folds.folded(&*self.folds.store, &stream, true, false).await?;
+        Ok((folded.state.clone(), folded.version))
     }
 
     /// Updates the cached state of an aggregate, unless this event is the last event of the cached state.
@@ -319,7 +354,12 @@ impl<A: Aggregate> Repository<A> {
         let mut results = Vec::with_capacity(batch.len());
         for waiting in batch {
             work.begin(waiting.request.command_id, waiting.request.metadata.clone());
-            let decided = caught(work.stage(&self.folds, stream, &waiting.command, waiting.expect_new)).await;
+            let expects = match waiting.request.expected_version {
+                Some(version) => StreamExpectation::At(version),
+                None if waiting.expect_new => StreamExpectation::ProbablyNew,
+                None => StreamExpectation::Any,
+            };
+            let decided = caught(work.stage(&self.folds, stream, &waiting.command, expects)).await;
             results.push(decided.map_or_else(
                 |panic| {
                     work.rollback();
@@ -363,7 +403,7 @@ impl Work {
         command: &A::Command,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let stream = repository.stream(id)?;
-        self.stage(&repository.folds, &stream, command, false).await
+        self.stage(&repository.folds, &stream, command, StreamExpectation::Any).await
     }
 
     /// Like [`execute`](Self::execute), for a stream that is expected not to exist yet; this call saves a read. If the
@@ -376,7 +416,7 @@ impl Work {
         command: &A::Command,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let stream = repository.stream(id)?;
-        self.stage(&repository.folds, &stream, command, true).await
+        self.stage(&repository.folds, &stream, command, StreamExpectation::ProbablyNew).await
     }
 
     /// Like [`execute`](Self::execute), under the given command id.
@@ -387,7 +427,7 @@ impl Work {
         stream: &StreamId,
         command: &A::Command,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
-        self.stage_as(command_id, &repository.folds, stream, command, false).await
+        self.stage_as(command_id, &repository.folds, stream, command, StreamExpectation::Any).await
     }
 
     /// Returns whether the stream contains the events of this command. The answer covers only the recent commands that
@@ -469,6 +509,7 @@ impl<R: std::error::Error> From<WorkError<R>> for ExecuteError<R> {
             WorkError::Refused(refusal) => Self::Refused(refusal),
             WorkError::Undecodable(error) => Self::Undecodable(error),
             WorkError::Store(StoreError::Unavailable(reason)) => Self::Unavailable(reason),
+            WorkError::OtherVersion { stream, expected, found } => Self::OtherVersion { stream, expected, found },
             other @ (WorkError::Id(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
                 Self::Invalid(other.to_string())
             }

@@ -73,6 +73,16 @@ pub enum WorkError<R: std::error::Error + 'static> {
     /// The stream holds an event that this build cannot read.
     #[error("{0}")]
     Undecodable(#[from] DecodeError),
+    /// The stream does not have the version that the command expects.
+    #[error("stream {stream} is at version {found}, not at the expected version {expected}")]
+    OtherVersion {
+        /// The stream of the aggregate.
+        stream: StreamId,
+        /// The expected version.
+        expected: Version,
+        /// The version of the stream.
+        found: Version,
+    },
     /// A document does not parse as the requested type, or a value has no JSON form.
     #[error("{0}")]
     Unencodable(String),
@@ -93,6 +103,23 @@ impl<R: std::error::Error> From<FoldError> for WorkError<R> {
             FoldError::Undecodable(error) => Self::Undecodable(error),
             FoldError::Store(error) => Self::Store(error),
         }
+    }
+}
+
+/// What the sender of a command expects of the stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum StreamExpectation {
+    /// The command is decided on whatever the stream contains.
+    Any,
+    /// The stream probably does not exist yet, so it need not be read. A wrong expectation costs another attempt.
+    ProbablyNew,
+    /// The command is decided only at this version.
+    At(Version),
+}
+
+impl StreamExpectation {
+    fn is_new(self) -> bool {
+        matches!(self, Self::ProbablyNew | Self::At(Version::START))
     }
 }
 
@@ -250,11 +277,11 @@ impl Work {
         folds: &Arc<Folds<A>>,
         stream: &StreamId,
         command: &A::Command,
-        expect_new: bool,
+        expects: StreamExpectation,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let command_id = command_id(self.cause.id, self.cause.calls);
         self.cause.calls += 1;
-        self.stage_as(command_id, folds, stream, command, expect_new).await
+        self.stage_as(command_id, folds, stream, command, expects).await
     }
 
     /// Stages a command under the given command id.
@@ -264,12 +291,12 @@ impl Work {
         folds: &Arc<Folds<A>>,
         stream: &StreamId,
         command: &A::Command,
-        expect_new: bool,
+        expects: StreamExpectation,
     ) -> Result<Decided<A::Event>, WorkError<A::Refusal>> {
         let metadata = self.cause.metadata.clone();
         let store = self.store.clone();
         let searches = self.searches;
-        let staged = self.staged(folds, stream, expect_new).await?;
+        let staged = self.staged(folds, stream, expects.is_new()).await?;
         let first = match staged.current().remembered.version_of(command_id) {
             None if searches && staged.base.version > Version(REMEMBERED_COMMANDS as i64) => {
                 folds.first_of(&*store, stream, command_id).await?
@@ -282,6 +309,12 @@ impl Work {
             }
             let (events, version, position) = folds.events_of(&*store, stream, first, command_id).await?;
             return Ok(Decided { events, repeated: true, version, position });
+        }
+        let found = staged.current().version;
+        if let StreamExpectation::At(expected) = expects
+            && expected != found
+        {
+            return Err(WorkError::OtherVersion { stream: stream.clone(), expected, found });
         }
         let events = staged.current().state.decide(command).map_err(WorkError::Refused)?;
         let encoded = encode_all(&events, command_id, 0, &metadata)?;

@@ -130,10 +130,11 @@ impl<R: std::error::Error + 'static> From<WorkError<R>> for StepError {
         match error {
             WorkError::Refused(refusal) => Self::Refused(refusal.to_string()),
             WorkError::Store(error @ StoreError::Unavailable(_)) => Self::Store(error),
-            error
-            @ (WorkError::Id(_) | WorkError::Undecodable(_) | WorkError::Unencodable(_) | WorkError::Store(_)) => {
-                Self::Failed(error.to_string())
-            }
+            error @ (WorkError::Id(_)
+            | WorkError::Undecodable(_)
+            | WorkError::OtherVersion { .. }
+            | WorkError::Unencodable(_)
+            | WorkError::Store(_)) => Self::Failed(error.to_string()),
         }
     }
 }
