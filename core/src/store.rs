@@ -232,6 +232,14 @@ pub enum WaitError {
         /// The state when the time limit was reached.
         state: String,
     },
+    /// The log does not reach to the position. The position belongs to another log, or to events that the log has lost.
+    #[error("position {position} is beyond the end of the log, which is at {head}")]
+    BeyondEnd {
+        /// The position.
+        position: Position,
+        /// The position of the last event in the log.
+        head: Position,
+    },
     /// The log holds an event that this build cannot read.
     #[error(transparent)]
     Undecodable(#[from] DecodeError),

@@ -424,6 +424,12 @@ pub struct Views<R> {
     model: PhantomData<fn() -> R>,
 }
 
+impl<R> Clone for Views<R> {
+    fn clone(&self) -> Self {
+        Self { store: self.store.clone(), model: PhantomData }
+    }
+}
+
 debug_fields!([R] Views<R> {});
 
 impl<R: ReadModel> Views<R> {
@@ -439,8 +445,8 @@ impl<R: ReadModel> Views<R> {
     /// the event, the checkpoint of the views moves past the event within about a second.
     ///
     /// # Errors
-    /// Fails with [`WaitError::TimedOut`] if the views are further behind than `limit`, for example because no process
-    /// runs the projection.
+    /// Fails with [`WaitError::BeyondEnd`] if the log does not reach to the position, and with [`WaitError::TimedOut`] if
+    /// the views are further behind than `limit`, for example because no process runs the projection.
     ///
     /// ```
     /// use std::{sync::Arc, time::Duration};
@@ -500,11 +506,20 @@ impl<R: ReadModel> Views<R> {
     pub async fn wait_for(&self, position: Position, limit: Duration) -> Result<(), WaitError> {
         let deadline = Instant::now() + limit;
         let mut look = WAIT_LOOK_MIN;
+        // Whether the log is known to reach to the position.
+        let mut exists = false;
         loop {
             let generation = live(&*self.store, R::NAME).await?;
             let reached = generation::reached(&*self.store, R::NAME, generation).await?;
             if reached >= position {
                 return Ok(());
+            }
+            if !exists {
+                let head = self.store.status().await?.head;
+                if head < position {
+                    return Err(WaitError::BeyondEnd { position, head });
+                }
+                exists = true;
             }
             if Instant::now() >= deadline {
                 let awaited = format!("read model {} to reach position {position}", R::NAME);
