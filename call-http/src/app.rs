@@ -13,18 +13,21 @@ use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    api::Api,
     limits::{self, Limits},
     metrics::Metrics,
     probes::{self, Probes},
     problem::Problem,
 };
 
-/// Returns all routes of a service: its own, which the limits apply to, and the probes, which are answered under any
-/// load. Requests without a route get a problem, and a panic becomes an answer with status 500.
-pub fn app(routes: Router, limits: Limits, probes: Probes) -> Router {
+/// Returns all routes of a service: its own, which the limits apply to, with `/openapi.json`, and the probes, which are
+/// answered under any load. Requests without a route get a problem, and a panic becomes an answer with status 500.
+pub fn app(api: impl Into<Api>, limits: Limits, probes: Probes) -> Router {
     let metrics = probes.metrics.clone();
     let announced = probes.announced.clone();
-    routes
+    api.into()
+        .merge(probes::described())
+        .into_routes()
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn_with_state(limits.places(), limits::hold))

@@ -8,7 +8,7 @@ use std::{
 };
 
 use annals::{
-    EventStore, LogQuery, Recorded, StreamId, Version,
+    EventStore, LogQuery, Recorded, StoreError, StreamId, Version,
     pages::PAGE,
     saga::{Glimpse, Progress, Status},
 };
@@ -101,9 +101,9 @@ impl Follower {
         categories: Vec<&'static str>,
         metrics: Arc<Metrics>,
         shutdown: CancellationToken,
-    ) -> Result<(), String> {
+    ) -> Result<(), StoreError> {
         let query = LogQuery::categories(categories);
-        let mut position = store.status().await.map_err(|error| error.to_string())?.head;
+        let mut position = store.status().await?.head;
         let mut caught_up = true;
         let mut history = store.history();
         while !shutdown.is_cancelled() {

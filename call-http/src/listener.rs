@@ -25,6 +25,7 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 
 /// The maximum number of open connections. Further connections wait in the queue of the operating system.
@@ -32,6 +33,10 @@ pub const CONNECTIONS_MAX: usize = 4_096;
 /// How long the head of a request may take to arrive, including the time during which the connection was idle before
 /// the request.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long a client may take to accept a part of an answer.
+pub const WRITE_TIME_MAX: Duration = Duration::from_secs(30);
+/// The maximum number of bytes that a connection buffers in each direction. The head of a request must fit.
+const BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// How long requests in progress may take to end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a newly connected client may take to send its first request once the grace is over.
@@ -65,11 +70,9 @@ impl Stopping {
     }
 }
 
-/// Serves until the grace of `stopping` is over. Then answers the requests in progress and closes the connections.
-///
-/// # Errors
-/// None: a connection that fails is logged.
-pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Result<(), String> {
+/// Serves until the grace of `stopping` is over. Then answers the requests in progress and closes the connections. A
+/// connection that fails is logged.
+pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     let mut take = |stream: TcpStream, place: Option<OwnedSemaphorePermit>| {
@@ -108,7 +111,6 @@ pub async fn serve(listener: TcpListener, app: Router, stopping: Stopping) -> Re
         tracing::warn!("{left} requests were not answered within {LAST_ANSWERS:?} and were aborted");
         connections.shutdown().await;
     }
-    Ok(())
 }
 
 /// Answers the requests of one connection until the client disconnects, or until the grace is `over` and the connection
@@ -123,8 +125,11 @@ async fn converse(stream: TcpStream, app: Router, over: CancellationToken, _plac
         app.call(request)
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
-    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX).max_buf_size(BUFFER_BYTES_MAX);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(WRITE_TIME_MAX));
+    let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service);
+    let mut connection = pin!(connection.with_upgrades());
     let grace = async {
         over.cancelled().await;
         // A newly connected client is about to send a request, and the answer to that request will close the

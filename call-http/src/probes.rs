@@ -13,8 +13,10 @@ use axum::{
 use serde_json::json;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use utoipa::openapi::path::HttpMethod;
 
 use crate::{
+    api::{Api, Described},
     metrics::Metrics,
     problem::{Problem, without_files},
 };
@@ -39,6 +41,25 @@ impl fmt::Debug for Probes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Probes").field("health", &self.health).finish_non_exhaustive()
     }
+}
+
+/// Returns the description of the routes, which [`routes`] serves outside of the limits.
+pub fn described() -> Api {
+    let probe = |summary| Described::new("probes", summary).problem("503", "The process is not healthy, or not ready.");
+    let healthz = probe("Reports whether the process is healthy").media("200", "Healthy.", "application/json");
+    let readyz = Described::new("probes", "Reports whether the process can work now")
+        .media("200", "Ready.", "application/json")
+        .media("503", "Not ready.", "application/json");
+    let metrics = Described::new("probes", "Returns the metrics of the process").media(
+        "200",
+        "The metrics, as text for Prometheus.",
+        "text/plain",
+    );
+    Api::default().describe(HttpMethod::Get, "/healthz", healthz).describe(HttpMethod::Get, "/readyz", readyz).describe(
+        HttpMethod::Get,
+        "/metrics",
+        metrics,
+    )
 }
 
 /// Returns the routes.

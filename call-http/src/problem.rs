@@ -8,10 +8,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
 
 /// The error answer to a request. The type of the answer is `about:blank`: the status says which kind of problem
 /// occurred, and the detail says how to solve the problem.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// Always `about:blank`.
     #[serde(rename = "type")]
@@ -22,6 +24,9 @@ pub struct Problem {
     pub status: u16,
     /// What is wrong, in a sentence.
     pub detail: String,
+    /// The refusal of an aggregate, as its type serializes it, so that a client can tell refusals apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Value>,
 }
 
 /// The number of seconds after which a client should retry a 503.
@@ -31,7 +36,7 @@ impl Problem {
     /// Returns a problem with this status.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let title = status.canonical_reason().unwrap_or("Error").to_owned();
-        Self { kind: "about:blank".into(), title, status: status.as_u16(), detail: detail.into() }
+        Self { kind: "about:blank".into(), title, status: status.as_u16(), detail: detail.into(), refusal: None }
     }
 
     /// Returns a 503: the service cannot answer now, and the request had no effect. The client can repeat the request with

@@ -73,11 +73,24 @@ impl Submission {
     /// A 415 if the content type is not JSON, a 400 if the body is not JSON, and a 422 if the JSON does not have the
     /// expected shape.
     pub fn body<T: DeserializeOwned>(&self) -> Result<T, Problem> {
-        body(&self.headers, &self.sent)
+        self.json::<Object<T>>().map(|Object(body)| body)
+    }
+
+    /// Like [`body`](Self::body), for JSON that need not be an object.
+    ///
+    /// # Errors
+    /// See [`body`](Self::body).
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
+            let detail = format!("the Content-Type is {:?}; it must be application/json", start(kind));
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
+        }
+        json::read(&self.sent)
     }
 }
 
-fn bad(detail: impl Into<String>) -> Problem {
+pub(crate) fn bad(detail: impl Into<String>) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, detail)
 }
 
@@ -97,8 +110,12 @@ pub fn id(id: Id) -> Result<String, Problem> {
 /// A 400 if the parameter is not a number of seconds, or if the request has another parameter.
 pub fn wait(wait: Wait) -> Result<Duration, Problem> {
     let Query(WaitParameters { wait }) = wait.map_err(|error| bad(error.body_text()))?;
-    let Some(text) = wait else { return Ok(Duration::ZERO) };
-    let seconds = text.strip_suffix('s').unwrap_or(&text).parse::<u32>();
+    wait.map_or(Ok(Duration::ZERO), |text| seconds(&text))
+}
+
+/// Returns the time that a parameter `wait` names, at most [`WAIT_MAX`].
+pub(crate) fn seconds(text: &str) -> Result<Duration, Problem> {
+    let seconds = text.strip_suffix('s').unwrap_or(text).parse::<u32>();
     let seconds = seconds.map_err(|_| bad(format!("wait={text:.20} is not a number of seconds, such as wait=10s")))?;
     Ok(Duration::from_secs(seconds.into()).min(WAIT_MAX))
 }
@@ -120,7 +137,7 @@ fn key(headers: &HeaderMap) -> Result<String, Problem> {
 /// Returns the request with this command id, in the trace of the HTTP request.
 pub fn asked(command_id: Uuid, headers: &HeaderMap) -> annals::Request {
     let metadata = Metadata { trace: trace(headers), ..Metadata::of_request(command_id) };
-    annals::Request { command_id, metadata }
+    annals::Request::new(command_id, metadata)
 }
 
 /// Returns the W3C trace context of a request, if it is valid.
@@ -128,15 +145,6 @@ fn trace(headers: &HeaderMap) -> Option<TraceContext> {
     // A header with bytes outside ASCII counts as invalid, not as absent.
     let all = |name| headers.get_all(name).into_iter().map(|value| value.to_str().unwrap_or("\0"));
     TraceContext::parse(all("traceparent"), all("tracestate"))
-}
-
-fn body<T: DeserializeOwned>(headers: &HeaderMap, body: &Bytes) -> Result<T, Problem> {
-    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
-        let detail = format!("the Content-Type is {:?}; it must be application/json", start(kind));
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
-    }
-    json::read::<Object<T>>(body).map(|Object(body)| body)
 }
 
 /// Checks that a text can be an id or a name. `what` begins the error, such as `the customer`.
