@@ -8,7 +8,7 @@ use std::{
 };
 
 use annals::{EventStore, Runtime, Service, Tail};
-use annals_http::{Follower, Limits, Metrics, Probes, Sagas, Stopping};
+use annals_http::Server;
 use axum::Router;
 use futures::TryFutureExt;
 use tokio::net::TcpListener;
@@ -109,48 +109,30 @@ async fn serve_on(
     let repositories = Repositories::new(&store);
     let mut runtime = arguments.shared_as().as_deref().map_or_else(Runtime::new, Runtime::shared);
     runtime.start(services_of(arguments.role, &store, &repositories), bus).await?;
-    // Services may end without being asked, for example if the database is restored while they run. The process then
-    // ends too.
-    let asked = stop;
-    let stop = asked.child_token();
-    let ended = runtime.shutdown();
-    tokio::spawn({
-        let stop = stop.clone();
-        async move {
-            ended.cancelled().await;
-            stop.cancel();
-        }
-    });
     runtime.spawn("troubles", report_troubles(runtime.health(), runtime.shutdown()).err_into());
-    let metrics = Metrics::new()?;
-    let health = runtime.health();
-    let probes = Probes { store: store.clone(), health, metrics: metrics.clone(), announced: stop.clone() };
-    let stopping = Stopping::new(stop, arguments.grace);
-    let accepted = http::accepted(&metrics)?;
-    let api = matches!(arguments.role, Role::All | Role::Order).then(|| {
-        let follower = Follower::default();
-        let reads = follower.clone().read(store.clone(), FOLLOWED.to_vec(), metrics.clone(), runtime.shutdown());
-        runtime.spawn("follower", reads.err_into());
-        let sagas = Sagas { store: store.clone(), follower, over: stopping.over.clone() };
-        OrderApi {
-            store: store.clone(),
-            repositories,
-            sagas,
-            accepted,
-            store_url: arguments.store.to_string(),
-            bus_url: arguments.bus.to_string(),
-        }
+    // Services may end without being asked, for example if the database is restored while they run. The server and the
+    // process then end too.
+    let server = Server::new(&runtime, store.clone(), stop.clone())?.grace(arguments.grace);
+    let accepted = http::accepted(server.metrics())?;
+    let api = matches!(arguments.role, Role::All | Role::Order).then(|| OrderApi {
+        store: store.clone(),
+        repositories,
+        sagas: server.sagas(&mut runtime, FOLLOWED.to_vec()),
+        accepted,
+        store_url: arguments.store.to_string(),
+        bus_url: arguments.bus.to_string(),
     });
     say_where(arguments, listener.as_ref())?;
     match listener {
         // The services keep working until the last request is answered.
         Some(listener) => {
             let routes = api.map_or_else(Router::new, http::routes);
-            annals_http::serve(listener, annals_http::app(routes, Limits::default(), probes), stopping).await?
+            let api = server.events().merge(routes).titled("Annals sample shop", env!("CARGO_PKG_VERSION"));
+            server.serve(listener, api).await;
         }
-        None => stopping.announced.cancelled().await,
+        None => server.stopped().await,
     }
-    let by_itself = !asked.is_cancelled();
+    let by_itself = !stop.is_cancelled();
     let drained = runtime.drain(PATIENCE).await;
     drained.map_err(|error| if by_itself { Failure::from(Ended(error.to_string())) } else { error.into() })
 }
