@@ -4,8 +4,10 @@ use std::{
     env,
     error::Error,
     fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -153,5 +155,52 @@ Bob b1: 32000 pence, GBP
 ";
     assert_eq!(printed_in(folder.path(), "bank", &[])?, wanted);
     assert_eq!(printed_in(folder.path(), "bank", &[])?, wanted, "the same commands again change nothing");
+    Ok(())
+}
+
+/// Starts the service, calls it as its documentation says, and stops it with Ctrl-C.
+#[cfg(unix)]
+#[test]
+fn service_answers_over_http_and_stops_in_good_order() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let mut service = Command::new(program("service_over_http")?)
+        .env("LISTEN", "127.0.0.1:0")
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut lines = BufReader::new(service.stdout.take().ok_or("no output")?).lines();
+    let first = lines.next().ok_or("no first line")??;
+    let address = first.split(&['/', ','][..]).nth(2).ok_or("no address")?.to_owned();
+    let ask = |request: &str, body: &str| -> Result<String, Box<dyn Error>> {
+        let mut stream = TcpStream::connect(&address)?;
+        let length = body.len();
+        let head = format!("{request} HTTP/1.1\r\nHost: bank\r\nConnection: close\r\nContent-Length: {length}\r\n");
+        write!(stream, "{head}Content-Type: application/json\r\nIdempotency-Key: once\r\n\r\n{body}")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    for _ in 0..2 {
+        let opened = ask("POST /accounts/a", r#"{"open": {"owner": "ann"}}"#)?;
+        assert!(opened.ends_with(r#"{"id":"a","version":1,"position":1}"#), "{opened}");
+    }
+    let refused = ask("POST /accounts/b", r#"{"credit": {"pence": 5}}"#)?;
+    assert!(refused.starts_with("HTTP/1.1 422") && refused.contains(r#""refusal":"not_open""#), "{refused}");
+    let owner = ask("GET /owners/ann?position=1&wait=20s", "")?;
+    assert!(owner.ends_with(r#"{"accounts":1,"pence":0}"#), "{owner}");
+    for (path, part) in [("/readyz", "\"ready\""), ("/metrics", "annals_http_"), ("/openapi.json", "/accounts/{id}")] {
+        let answer = ask(&format!("GET {path}"), "")?;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(part), "{answer}");
+    }
+    // A follower learns that the service stops.
+    let mut events = TcpStream::connect(&address)?;
+    write!(events, "GET /events?after=0 HTTP/1.1\r\nHost: bank\r\n\r\n")?;
+    let mut events = BufReader::new(events).lines();
+    let mut until = |part: &str| events.by_ref().map_while(Result::ok).any(|line| line.contains(part));
+    assert!(until("event: account.opened"));
+    Command::new("kill").args(["-INT", &service.id().to_string()]).status()?;
+    assert!(until("event: end") && until("the server stops"));
+    assert!(service.wait()?.success());
+    assert_eq!(lines.next().ok_or("no last line")??, "stopped");
     Ok(())
 }
