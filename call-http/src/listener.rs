@@ -29,14 +29,14 @@ use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 
 /// The maximum number of open connections. Further connections wait in the queue of the operating system.
-pub const CONNECTIONS_MAX: usize = 4_096;
+pub const CONNECTIONS_MAX: usize = 16_384;
 /// How long the head of a request may take to arrive, including the time during which the connection was idle before
 /// the request.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a client may take to accept a part of an answer.
 pub const WRITE_TIME_MAX: Duration = Duration::from_secs(30);
 /// The maximum number of bytes that a connection buffers in each direction. The head of a request must fit.
-const BUFFER_BYTES_MAX: usize = 64 * 1024;
+const BUFFER_BYTES_MAX: usize = 32 * 1024;
 /// How long requests in progress may take to end once the grace is over.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// How long a newly connected client may take to send its first request once the grace is over.

@@ -20,7 +20,7 @@ use super::{line::Line, selection::Selection};
 pub(super) const READ_AGAIN: Duration = Duration::from_millis(200);
 /// The number of events that a channel holds for clients which have not taken them yet. A client that is further behind
 /// reads the store.
-const HELD: usize = 128;
+const HELD: usize = 16;
 
 /// The channels of all clients; clients with the same selection share a channel. Clones share the same channels.
 #[derive(Clone)]

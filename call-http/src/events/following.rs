@@ -26,9 +26,9 @@ pub const SLOW_CLIENT: Duration = Duration::from_secs(10);
 /// client has read the log, so that a client that comes back does not read the same part of the log again.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
 /// The maximum number of events that are read from the store, or sent to a client, in one piece.
-pub(super) const PIECE: usize = 100;
+pub(super) const PIECE: usize = 32;
 /// A piece ends once it has this many bytes.
-const PIECE_BYTES: usize = 64_000;
+const PIECE_BYTES: usize = 8_000;
 
 /// The header with the position of the last event that a reconnecting client has received.
 const LAST_EVENT_ID: &str = "last-event-id";
