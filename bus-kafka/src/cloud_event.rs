@@ -7,7 +7,11 @@ use std::{
     sync::Arc,
 };
 
-use annals::{Message, Metadata, Position, TraceContext, Version, bus::Undecodable, event::named_id};
+use annals::{
+    Message, Metadata, Position, TraceContext, Version,
+    bus::Undecodable,
+    event::{Party, UnknownFields, named_id},
+};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use chrono::{DateTime, SecondsFormat};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
@@ -22,7 +26,7 @@ const ANY_STRUCTURED: &str = "application/cloudevents";
 /// The maximum number of undecodable bytes to keep. The limit is needed because a document cannot hold more bytes.
 const RAW_BYTES_MAX: usize = 1_000_000;
 /// The number of headers of a message without extensions.
-const HEADERS: usize = 14;
+const HEADERS: usize = 16;
 /// The overhead of a record in addition to its strings: names of headers, ids, numbers.
 const RECORD_BYTES: usize = 640;
 /// The overhead of a header in addition to its name and value.
@@ -36,6 +40,8 @@ mod attribute {
     pub const CAUSATION: &str = "causationid";
     pub const SCHEMA_VERSION: &str = "schemaversion";
     pub const LANE: &str = "lane";
+    pub const ACTOR: &str = "actor";
+    pub const TENANT: &str = "tenant";
     pub const TRACEPARENT: &str = "traceparent";
     pub const TRACESTATE: &str = "tracestate";
     /// The media type of the data, as an extension of a message whose data was not JSON.
@@ -60,7 +66,9 @@ pub(crate) fn size(message: &Message) -> usize {
     let extensions = extensions.iter().map(|(name, value)| name.len() + value.len() + HEADER_BYTES).sum::<usize>();
     let trace = message.metadata.trace.as_ref();
     let trace = trace.map_or(0, |trace| trace.traceparent().len() + trace.tracestate().map_or(0, str::len));
-    RECORD_BYTES + texts + extensions + trace
+    let parties = [&message.metadata.actor, &message.metadata.tenant];
+    let parties = parties.into_iter().flatten().map(|party| party.as_str().len()).sum::<usize>();
+    RECORD_BYTES + texts + extensions + trace + parties
 }
 
 fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
@@ -83,6 +91,12 @@ fn each_header(message: &Message, mut each: impl FnMut(&str, &str)) {
     }
     if let Some(lane) = &message.lane {
         each("ce_lane", lane);
+    }
+    if let Some(actor) = &message.metadata.actor {
+        each("ce_actor", actor.as_str());
+    }
+    if let Some(tenant) = &message.metadata.tenant {
+        each("ce_tenant", tenant.as_str());
     }
     if let Some(trace) = &message.metadata.trace {
         each(attribute::TRACEPARENT, trace.traceparent());
@@ -128,6 +142,8 @@ struct Attributes<'r> {
     version: Option<Cow<'r, str>>,
     schema_version: Option<Cow<'r, str>>,
     lane: Option<Cow<'r, str>>,
+    actor: Option<Cow<'r, str>>,
+    tenant: Option<Cow<'r, str>>,
     trace: Trace<'r>,
     extensions: BTreeMap<String, String>,
     violation: Option<String>,
@@ -149,6 +165,8 @@ impl<'r> Attributes<'r> {
             attribute::VERSION => &mut self.version,
             attribute::SCHEMA_VERSION => &mut self.schema_version,
             attribute::LANE => &mut self.lane,
+            attribute::ACTOR => &mut self.actor,
+            attribute::TENANT => &mut self.tenant,
             attribute::TRACEPARENT | attribute::TRACESTATE => return self.trace.add(name, value),
             _ => {
                 self.extensions.insert(name.to_owned(), value.into_owned());
@@ -179,6 +197,7 @@ impl<'r> Attributes<'r> {
     fn relayed(&mut self) -> Option<RelayAttributes> {
         let id = |value: &Option<Cow<'_, str>>| value.as_deref().and_then(canonical);
         let ids = (self.id.as_deref().and_then(unique), id(&self.correlation_id), id(&self.causation_id));
+        let party = |name: &Option<Cow<'_, str>>| name.as_deref().and_then(|name| Party::new(name).ok());
         let of_relay = (|| {
             let (Some(_), Some(_), Some(_)) = ids else { return None };
             let schema_version = self.schema_version.as_deref()?.parse().ok().filter(|version| *version > 0)?;
@@ -194,6 +213,8 @@ impl<'r> Attributes<'r> {
                 position,
                 version,
                 lane: lane.map(Arc::from),
+                actor: party(&self.actor),
+                tenant: party(&self.tenant),
             })
         })();
         if of_relay.is_none() {
@@ -208,6 +229,17 @@ impl<'r> Attributes<'r> {
                 self.extensions.extend(value.map(|value| (name.to_owned(), value.into_owned())));
             }
         }
+        // An invalid name stays an extension, even in the message of a relay.
+        for (name, value, is_known) in [
+            (attribute::ACTOR, self.actor.take(), of_relay.as_ref().is_some_and(|of_relay| of_relay.actor.is_some())),
+            (
+                attribute::TENANT,
+                self.tenant.take(),
+                of_relay.as_ref().is_some_and(|of_relay| of_relay.tenant.is_some()),
+            ),
+        ] {
+            self.extensions.extend(value.filter(|_| !is_known).map(|value| (name.to_owned(), value.into_owned())));
+        }
         of_relay
     }
 }
@@ -218,6 +250,8 @@ struct RelayAttributes {
     position: Position,
     version: Version,
     lane: Option<Arc<str>>,
+    actor: Option<Party>,
+    tenant: Option<Party>,
 }
 
 /// Parses a UUID in the form that Annals writes. A UUID in any other form is treated as text, because two different
@@ -474,6 +508,8 @@ fn message(
         position: Position(0),
         version: Version(0),
         lane: None,
+        actor: None,
+        tenant: None,
     });
     Ok(Message {
         id,
@@ -487,6 +523,9 @@ fn message(
             correlation_id: caused_by(&attributes.correlation_id).unwrap_or(id),
             causation_id: caused_by(&attributes.causation_id).unwrap_or(id),
             trace,
+            actor: relayed.actor,
+            tenant: relayed.tenant,
+            unknown: UnknownFields::default(),
         },
         time,
         position: relayed.position,
@@ -732,6 +771,24 @@ mod tests {
         }
         let alone = binary(&[("ce_position", "7"), ("ce_lane", "0@0123456789abcdef")], b"1").unwrap();
         assert_eq!((alone.position, alone.lane), (Position(0), None));
+    }
+
+    #[test]
+    fn actor_and_tenant_are_taken_from_relays_only() {
+        let parties = |headers: &[(&str, &str)]| {
+            let message = binary(headers, b"1").unwrap();
+            let names = [message.metadata.actor, message.metadata.tenant].map(|party| party.map(String::from));
+            (names, message.position, message.extensions.into_values().collect::<Vec<_>>())
+        };
+        let known = [("ce_actor", "user:ann"), ("ce_tenant", "t 1")];
+        let both = [Some("user:ann".to_owned()), Some("t 1".to_owned())];
+        assert_eq!(parties(&[&OURS[..], &known].concat()), (both, Position(7), vec![]));
+        let theirs = vec!["user:ann".to_owned(), "t 1".to_owned()];
+        assert_eq!(parties(&known), ([None, None], Position(0), theirs));
+        // A name that this build refuses does not make the message another one.
+        let long = "a".repeat(201);
+        let odd = [&OURS[..], &[("ce_actor", &*long), ("ce_tenant", "")]].concat();
+        assert_eq!(parties(&odd), ([None, None], Position(7), vec![long.clone(), String::new()]));
     }
 
     #[test]

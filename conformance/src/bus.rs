@@ -31,6 +31,7 @@ use std::{
 use annals::{
     Bus, Message, Metadata, Position, TraceContext, Version,
     bus::{Bookmark, Delivery, Receipt},
+    event::Party,
 };
 use async_trait::async_trait;
 use chrono::DateTime;
@@ -304,6 +305,9 @@ pub async fn attributes_round_trip<S: Subject>() {
                 ["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
                 ["vendor=\"1\",other=2"],
             ),
+            actor: Party::new("user \"ü\" \\").ok(),
+            tenant: Party::new("t-1").ok(),
+            ..Metadata::default()
         },
         time: DateTime::from_timestamp_micros(1_700_000_000_123_457).unwrap(),
         position: Position(i64::MAX - 1),

@@ -1,6 +1,8 @@
 //! The contents of the log, which are events in streams. Each event has a version in its stream and a position in the
 //! log.
 
+pub mod metadata;
+pub mod party;
 pub mod trace_context;
 
 use std::{borrow::Cow, fmt, sync::Arc};
@@ -9,7 +11,10 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::event::trace_context::TraceContext;
+pub use self::{
+    metadata::{Metadata, UnknownFields},
+    party::{PARTY_BYTES_MAX, Party, PartyError},
+};
 
 /// The maximum length of a stream id in bytes. The length is limited because a stream id is an index key in every store
 /// and a message key on every bus.
@@ -19,9 +24,6 @@ pub const CATEGORY_BYTES_MAX: usize = 100;
 /// The maximum size of one event's payload in bytes of JSON. The limit is below the default limits of PostgreSQL and
 /// Kafka.
 pub const EVENT_BYTES_MAX: usize = 900_000;
-/// The initial capacity in bytes of the string that holds metadata JSON. Metadata with a `traceparent` fits into this
-/// capacity.
-const METADATA_BYTES: usize = 200;
 
 /// The name of a stream: `<category>-<id>`, such as `order-536365`.
 ///
@@ -217,93 +219,6 @@ pub fn named_id(cause: Uuid, name: &str) -> Uuid {
     Uuid::new_v5(&cause, name.as_bytes())
 }
 
-/// The cause of an event, and the trace that the event belongs to. The framework copies metadata from each message to
-/// the effects of that message.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "StoredMetadata", into = "StoredMetadata")]
-pub struct Metadata {
-    /// The correlation id, which is the same for everything that one request caused.
-    pub correlation_id: Uuid,
-    /// The id of the command or message that caused this event.
-    pub causation_id: Uuid,
-    /// The W3C trace context, if there is one.
-    pub trace: Option<TraceContext>,
-}
-
-/// Metadata as stored in JSON, where the trace context may be invalid.
-#[derive(Serialize, Deserialize)]
-struct StoredMetadata {
-    #[serde(default)]
-    correlation_id: Uuid,
-    #[serde(default)]
-    causation_id: Uuid,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    traceparent: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    tracestate: Option<String>,
-}
-
-impl From<StoredMetadata> for Metadata {
-    fn from(stored: StoredMetadata) -> Self {
-        let StoredMetadata { correlation_id, causation_id, traceparent, tracestate } = stored;
-        Self { correlation_id, causation_id, trace: TraceContext::parse(traceparent.as_deref(), tracestate.as_deref()) }
-    }
-}
-
-impl From<Metadata> for StoredMetadata {
-    fn from(metadata: Metadata) -> Self {
-        let Metadata { correlation_id, causation_id, trace } = metadata;
-        let text = |text: &str| text.to_owned();
-        Self {
-            correlation_id,
-            causation_id,
-            traceparent: trace.as_ref().map(|trace| text(trace.traceparent())),
-            tracestate: trace.as_ref().and_then(TraceContext::tracestate).map(text),
-        }
-    }
-}
-
-impl Metadata {
-    /// Returns the metadata for the first command of a request. The id of this command is also the correlation id.
-    pub fn of_request(command_id: Uuid) -> Self {
-        Self { correlation_id: command_id, causation_id: command_id, trace: None }
-    }
-
-    /// Returns the metadata for the effects of a message. The message has the id `message_id` and carries this
-    /// metadata.
-    pub fn caused_by(&self, message_id: Uuid) -> Self {
-        Self { causation_id: message_id, ..self.clone() }
-    }
-
-    /// Parses stored metadata. If the JSON does not parse, returns empty metadata, so that no row can stop a reader.
-    pub fn from_json(text: &str) -> Self {
-        serde_json::from_str(text).unwrap_or_default()
-    }
-
-    /// Returns the JSON to store. The JSON is built by hand for speed: every event passes through this function, and
-    /// the fields are few and simple.
-    pub fn to_json(&self) -> String {
-        let mut buffer = Uuid::encode_buffer();
-        let mut json = String::with_capacity(METADATA_BYTES);
-        json += r#"{"correlation_id":""#;
-        json += self.correlation_id.hyphenated().encode_lower(&mut buffer);
-        json += r#"","causation_id":""#;
-        json += self.causation_id.hyphenated().encode_lower(&mut buffer);
-        json += "\"";
-        if let Some(trace) = &self.trace {
-            // A valid `traceparent` contains no character that JSON must escape.
-            json += r#","traceparent":""#;
-            json += trace.traceparent();
-            json += "\"";
-            if let Some(state) = trace.tracestate() {
-                json += r#","tracestate":"#;
-                json += &serde_json::Value::from(state).to_string();
-            }
-        }
-        json + "}"
-    }
-}
-
 /// An event to append to a stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewEvent {
@@ -462,29 +377,4 @@ pub fn encode_all<E: Event>(
             })
         })
         .collect()
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn metadata_round_trips_as_json_without_invalid_trace() {
-        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-        for states in [&[][..], &["a=\"1\"\\", "b@c=2"]] {
-            let trace = TraceContext::parse([parent], states.iter().copied());
-            let metadata = Metadata { trace, ..Metadata::of_request(Uuid::from_u128(1)) }.caused_by(Uuid::from_u128(2));
-            let json = metadata.to_json();
-            assert_eq!(json, serde_json::to_string(&metadata).unwrap());
-            assert_eq!(Metadata::from_json(&json), metadata);
-            assert_eq!(json.contains(r#""tracestate":"a=\"1\"\\,b@c=2""#), !states.is_empty(), "{json}");
-        }
-        let id = Uuid::from_u128(1);
-        for trace in ["00-x", &parent.replace('4', "0").replace(|c: char| c.is_ascii_hexdigit(), "0"), "\\u0000"] {
-            let json = format!(r#"{{"correlation_id":"{id}","traceparent":"{trace}","tracestate":"a=1","more":{{}}}}"#);
-            let expected = Metadata { correlation_id: id, ..Metadata::default() };
-            assert_eq!(Metadata::from_json(&json), expected, "{json}");
-        }
-    }
 }

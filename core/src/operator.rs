@@ -14,7 +14,7 @@ use crate::{
     Event,
     base::name::RELAY,
     commit::{Append, COMMIT_ROWS_MAX, Commit, CommitError, Document, DocumentKey, Expected, Put},
-    event::{EVENT_BYTES_MAX, Metadata, NewEvent, Position, StreamId, Version, derived_id},
+    event::{EVENT_BYTES_MAX, Metadata, NewEvent, Party, Position, StreamId, Version, derived_id},
     follow::{
         checkpoint::{CHECKPOINTS, Checkpoint},
         parking::{DeadLetters, Parked},
@@ -342,7 +342,8 @@ impl Operator {
             let request = SagaRequest { verb, by: self.by.clone(), reason: reason.to_owned() };
             let event = request.recorded(progress, self.store.clock().now().timestamp_millis());
             let id = Uuid::new_v4();
-            let events = vec![new_event(&event, id, metadata.caused_by(id))?];
+            let metadata = Metadata { actor: Party::new(&self.by).ok(), ..metadata.caused_by(id) };
+            let events = vec![new_event(&event, id, metadata)?];
             let append = Append { stream: saga.clone(), expected: Expected::Version(version), events };
             self.store.commit(Commit { appends: vec![append], puts: Vec::new() }).await?;
             Ok(version.next())

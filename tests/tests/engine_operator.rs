@@ -182,6 +182,8 @@ async fn request_waits_for_a_service_and_abandoned_saga_has_no_timer() {
     assert_eq!(document.due, None);
     let types: Vec<_> = world.history("t").await.iter().map(|event| event.type_name.to_string()).collect();
     assert_eq!(types[types.len() - 2..], ["saga.requested", "saga.operated"]);
+    let requested = world.history("t").await.into_iter().find(|event| &*event.type_name == "saga.requested").unwrap();
+    assert_eq!(requested.metadata.actor.as_ref().map(annals::event::Party::as_str), Some("ann"));
     assert!(SagaEvent::TYPES.iter().any(|known| known.name == "saga.declined"));
 }
 

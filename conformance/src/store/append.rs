@@ -2,6 +2,7 @@
 
 use annals::{
     Commit, Committed, Expected, Metadata, NewEvent, Position, TraceContext, Version, commit::COMMIT_ROWS_MAX,
+    event::Party,
 };
 use chrono::{TimeDelta, Utc};
 use uuid::Uuid;
@@ -25,6 +26,9 @@ pub async fn events_round_trip<T: StoreUnderTest>() {
             correlation_id: Uuid::new_v4(),
             causation_id: Uuid::new_v4(),
             trace: TraceContext::parse([traceparent], None),
+            actor: Party::new("user \"ü\" \\").ok(),
+            tenant: Party::new("t-1").ok(),
+            ..Metadata::default()
         },
     };
     let before = Utc::now();
