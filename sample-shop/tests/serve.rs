@@ -5,7 +5,7 @@
 mod serving;
 
 use std::{
-    io::Write,
+    io::{BufRead, BufReader, Write},
     time::{Duration, Instant},
 };
 
@@ -76,6 +76,21 @@ fn order_completes_and_shows_its_progress() {
     ] {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
+}
+
+#[test]
+fn events_of_an_order_are_sent_live() {
+    let shop = stocked();
+    let description = shop.get("/openapi.json").json();
+    assert!(description["paths"]["/events"]["get"].is_object(), "{description}");
+    let mut stream = shop.connect();
+    write!(stream, "GET /events?category=order,payment HTTP/1.1\r\nHost: shop\r\n\r\n").unwrap();
+    let mut lines = BufReader::new(stream).lines();
+    assert!(lines.by_ref().any(|line| line.unwrap() == "retry: 1000"));
+    shop.post("/orders", "536365", &order(6));
+    let types = lines.filter_map(|line| line.unwrap().strip_prefix("event: ").map(str::to_owned));
+    let found: Vec<_> = types.take_while(|name| name != "order.confirmed").collect();
+    assert_eq!(found, ["order.placed", "payment.charged"]);
 }
 
 #[test]
