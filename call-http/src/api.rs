@@ -88,6 +88,27 @@ impl Api {
         Self { routes: self.routes.merge(routes), description: self.description.merge_from(description) }
     }
 
+    /// Changes the routes, for example by a layer that only lets some clients through. The description stays as it is.
+    ///
+    /// ```
+    /// # use annals_http::{Api, Problem};
+    /// # use axum::{Router, extract::Request, http::StatusCode, middleware::{Next, from_fn}, routing::get};
+    /// # use axum::response::{IntoResponse, Response};
+    /// async fn check(request: Request, next: Next) -> Response {
+    ///     match request.headers().get("x-api-key") {
+    ///         Some(key) if key == "open sesame" => next.run(request).await,
+    ///         _ => Problem::new(StatusCode::UNAUTHORIZED, "this route needs a key").into_response(),
+    ///     }
+    /// }
+    ///
+    /// let secret = Api::from(Router::new().route("/secret", get(|| async { "42" })));
+    /// let api = secret.map_routes(|routes| routes.layer(from_fn(check)));
+    /// ```
+    #[must_use]
+    pub fn map_routes(self, change: impl FnOnce(Router) -> Router) -> Self {
+        Self { routes: change(self.routes), ..self }
+    }
+
     /// Describes an operation of these routes.
     #[must_use]
     pub(crate) fn describe(mut self, method: HttpMethod, path: &str, operation: Described) -> Self {

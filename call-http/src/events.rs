@@ -38,7 +38,8 @@ use crate::api::{Api, Described, query, request_header};
 /// several clients follow is read once, and is held in memory once. A client that falls behind is served from the store
 /// until it has caught up. A client that accepts nothing for [`SLOW_CLIENT`] is dropped.
 ///
-/// These routes show every event of the store. Put a layer with your own authorization in front of them.
+/// These routes show every event of the store. Put a layer with your own authorization in front of them, with
+/// [`Api::map_routes`].
 pub fn events(store: Arc<dyn EventStore>, ended: CancellationToken) -> Api {
     let streams = Streams::new(store, ended);
     let routes = Router::new().route("/events", get(sse::follow)).route("/events/ws", get(socket::follow));

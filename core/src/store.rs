@@ -145,6 +145,17 @@ pub struct LogPage {
     pub more: bool,
 }
 
+/// Returns the position of the last event if the log does not reach to `position`. A position that readers cannot reach
+/// yet, because an open transaction may still add events before that position, is part of the log.
+pub async fn end_before(store: &dyn EventStore, position: Position) -> Result<Option<Position>, StoreError> {
+    let mut status = store.status().await?;
+    if status.head < position && status.waits_for.is_none() {
+        // The open transaction may have ended while the status was read.
+        status = store.status().await?;
+    }
+    Ok((status.head < position && status.waits_for.is_none()).then_some(status.head))
+}
+
 /// The state of a log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoreStatus {

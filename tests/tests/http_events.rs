@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use annals::{EventStore, Repository, archive::line::write_line};
+use annals::{EventStore, Position, ReadModel, Repository, Views, WaitError, archive::line::write_line};
 use annals_http::events;
-use annals_tests::tally::{Tally, TallyCommand, add, log};
+use annals_tests::tally::{Tally, TallyCommand, TallyEvent, add, log};
 use futures::{SinkExt, StreamExt, future::join_all};
 use hyper::Request;
 use serde_json::{Value, json};
@@ -225,4 +225,52 @@ async fn bad_request_for_a_stream_gets_a_problem() {
         assert_eq!(server.get("/events/ws").await.0, 400);
     })
     .await;
+}
+
+/// An open transaction hides a committed event from readers. The position of that event is part of the log, so a client
+/// that has this position, from its own command or from an instance that saw more, is not refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn position_behind_an_open_transaction_is_part_of_the_log() {
+    let schema = postgres::Schema::new();
+    let store: Arc<dyn EventStore> = Arc::new(schema.store().await);
+    add(&store, "a", [1]).await;
+    let mut slow = schema.connection().await;
+    let open = "BEGIN; INSERT INTO annals.events (stream_id, version, event_id, type, schema_version, data)
+        VALUES ('tally-slow', 1, gen_random_uuid(), 'tally.closed', 1, 'null')";
+    sqlx::raw_sql(schema.sql(open)).execute(&mut slow).await.unwrap();
+    let tallies = Repository::<Tally>::new(store.clone());
+    let added = tallies.execute("b", TallyCommand::Add(2), Uuid::new_v4()).await.unwrap();
+    let position = added.position.unwrap();
+    let fresh: Arc<dyn EventStore> = Arc::new(schema.store().await);
+    assert!(fresh.status().await.unwrap().head < position, "the event is hidden");
+    let server = streams(&fresh).await;
+    let mut back = EventSource::open(&server, "/events", Some(position.0)).await;
+    let mut new = EventSource::open(&server, "/events", None).await;
+    new.next().await.unwrap();
+    let views = Views::<Nothing>::new(fresh.clone());
+    let late = views.wait_for(position, Duration::from_millis(50)).await.unwrap_err();
+    assert!(matches!(late, WaitError::TimedOut { .. }), "{late}");
+    sqlx::raw_sql("COMMIT").execute(&mut slow).await.unwrap();
+    add(&store, "c", [3]).await;
+    assert_eq!(next(&mut back).await.id, Some(position.0 + 1));
+    // The stream of new events began at the last event that readers could reach.
+    let received = [next(&mut new).await.id, next(&mut new).await.id, next(&mut new).await.id];
+    assert_eq!(received, [position.0 - 1, position.0, position.0 + 1].map(Some));
+    let beyond = views.wait_for(Position(position.0 + 2), Duration::from_secs(60)).await.unwrap_err();
+    assert!(matches!(beyond, WaitError::BeyondEnd { .. }), "{beyond}");
+}
+
+/// A read model that no service keeps.
+struct Nothing;
+
+impl ReadModel for Nothing {
+    const NAME: &'static str = "nothing";
+    type Event = TallyEvent;
+    type View = ();
+
+    fn keys(&self, _: &TallyEvent, _: &annals::Message) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn apply(&self, _: &str, (): &mut (), _: &TallyEvent, _: &annals::Message) {}
 }

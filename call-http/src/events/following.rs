@@ -3,7 +3,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use annals::{EventStore, Position, StoreError, Version};
+use annals::{EventStore, Position, StoreError, Version, store::end_before};
 use axum::http::{HeaderMap, StatusCode};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, broadcast::error::RecvError},
@@ -77,13 +77,17 @@ impl Streams {
         let place = self.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Problem::unavailable(format!("{STREAMS_MAX} clients follow events already")))?;
         let history = self.store.history();
-        let head = self.store.status().await.map_err(|error| problem(&error))?.head;
-        let at = after.unwrap_or(head);
-        if at > head {
-            let detail =
-                format!("position {at} is beyond the end of the log, which is at {head}; is this another log?");
-            return Err(Problem::new(StatusCode::CONFLICT, detail));
-        }
+        let at = match after {
+            None => self.store.status().await.map_err(|error| problem(&error))?.head,
+            Some(at) => match end_before(&*self.store, at).await.map_err(|error| problem(&error))? {
+                None => at,
+                Some(end) => {
+                    let detail =
+                        format!("position {at} is beyond the end of the log, which is at {end}; is this another log?");
+                    return Err(Problem::new(StatusCode::CONFLICT, detail));
+                }
+            },
+        };
         let live = self.channels.listen(&selection).await.map_err(|error| problem(&error))?;
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);

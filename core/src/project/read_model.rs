@@ -22,7 +22,7 @@ use crate::{
     handler::{Handler, HandlerError, Terminal},
     health::{Health, Reporter, State},
     project::generation::{self, Pointer, collection},
-    store::{EventStore, LogQuery, Scan, StoreError, WaitError},
+    store::{EventStore, LogQuery, Scan, StoreError, WaitError, end_before},
 };
 
 pub use crate::project::rebuild::{Compared, Difference, Rebuild, RebuildError, Rebuilt, SwapError};
@@ -515,8 +515,7 @@ impl<R: ReadModel> Views<R> {
                 return Ok(());
             }
             if !exists {
-                let head = self.store.status().await?.head;
-                if head < position {
+                if let Some(head) = end_before(&*self.store, position).await? {
                     return Err(WaitError::BeyondEnd { position, head });
                 }
                 exists = true;
