@@ -125,6 +125,9 @@ async fn page<R: ReadModel>(
     if !(1..=PAGE_MAX).contains(&limit) {
         return Err(bad(format!("limit={limit} is not between 1 and {PAGE_MAX}")));
     }
+    if after.contains('\0') {
+        return Err(bad(format!("after={after:.40?} has a NUL character, which no key has")));
+    }
     caught_up(&views, position, wait).await?;
     // One more view shows whether there is a next page.
     let mut found = views.list(&after, limit + 1).await.map_err(problem)?;

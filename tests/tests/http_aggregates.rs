@@ -185,6 +185,7 @@ async fn client_reads_its_own_writes_from_views() {
 
         for (path, status) in [
             ("/sums/tally-z", 404),
+            ("/sums?after=%00", 400),
             ("/sums?limit=0", 400),
             ("/sums?limit=1001", 400),
             ("/sums?size=3", 400),

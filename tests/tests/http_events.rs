@@ -210,6 +210,8 @@ async fn bad_request_for_a_stream_gets_a_problem() {
             ("after=-1", 400),
             ("after=1&after=2", 400),
             ("stream=nothing", 400),
+            ("type=%00", 400),
+            ("category=tally,a%0Ab", 400),
             ("colour=red", 400),
             ("after=1000000", 409),
         ] {

@@ -58,6 +58,9 @@ pub(super) fn position(name: &str, text: &str) -> Result<Position, Problem> {
 }
 
 fn names(names: &mut Vec<Arc<str>>, value: &str) -> Result<(), Problem> {
+    if value.chars().any(char::is_control) {
+        return Err(bad(format!("{value:.40?} has a control character, which no category and no type has")));
+    }
     names.extend(value.split(',').filter(|name| !name.is_empty()).map(Arc::from));
     if names.len() > NAMES_MAX {
         return Err(bad(format!("there are more than {NAMES_MAX} names")));
