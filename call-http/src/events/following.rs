@@ -47,6 +47,7 @@ pub(super) enum Piece {
 const LOG_CHANGED: &str =
     "the log has lost events, so positions have another meaning now; start again without a position";
 pub(super) const STOPPING: &str = "the server stops; connect again and continue after the last position";
+const UNREADABLE: &str = "the store cannot serve these events; see the log of the service";
 pub(super) const SLOW: &str =
     "the client did not accept events for 10 s; connect again and continue after the last position";
 
@@ -162,10 +163,17 @@ impl Following {
             page = self.selection.page(&*self.streams.store, &mut self.known, self.at, self.until, limit) => page,
             _ = self.heartbeat.tick() => return Some(Piece::Nothing(self.at)),
         };
-        let Ok((events, next)) = page else {
-            // The store is unavailable; readiness probes report that.
-            sleep(READ_AGAIN).await;
-            return None;
+        let (events, next) = match page {
+            Ok(page) => page,
+            Err(StoreError::Unavailable(_)) => {
+                // Readiness probes report that.
+                sleep(READ_AGAIN).await;
+                return None;
+            }
+            Err(error) => {
+                tracing::error!(%error, "a stream of events ended");
+                return Some(Piece::End(UNREADABLE));
+            }
         };
         if next == self.at {
             // The store does not show yet what another reader has seen already.
