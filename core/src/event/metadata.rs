@@ -1,8 +1,11 @@
 //! The cause of an event, and the context in which it was caused.
 
-use std::{borrow::Cow, fmt::Write, sync::Arc};
+use std::{fmt::Write, sync::Arc};
 
-use serde::{Deserialize, Deserializer, Serialize, de::MapAccess, de::Visitor};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{Error, MapAccess, Visitor},
+};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -86,6 +89,41 @@ impl From<Metadata> for KnownMetadata {
     }
 }
 
+/// The name of a stored field. The names that most events have are read without a copy.
+enum Field {
+    Correlation,
+    Causation,
+    Traceparent,
+    Tracestate,
+    Other(String),
+}
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+
+        impl Visitor<'_> for Name {
+            type Value = Field;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a field")
+            }
+
+            fn visit_str<E: Error>(self, name: &str) -> Result<Field, E> {
+                Ok(match name {
+                    "correlation_id" => Field::Correlation,
+                    "causation_id" => Field::Causation,
+                    "traceparent" => Field::Traceparent,
+                    "tracestate" => Field::Tracestate,
+                    other => Field::Other(other.to_owned()),
+                })
+            }
+        }
+
+        deserializer.deserialize_identifier(Name)
+    }
+}
+
 /// Metadata as stored with an event, with all fields.
 struct StoredMetadata(Metadata);
 
@@ -103,25 +141,36 @@ impl<'de> Deserialize<'de> for StoredMetadata {
             fn visit_map<M: MapAccess<'de>>(self, mut fields: M) -> Result<StoredMetadata, M::Error> {
                 let mut known =
                     Metadata { correlation_id: Uuid::nil(), causation_id: Uuid::nil(), ..Metadata::default() };
-                let mut parent = None::<Cow<'de, str>>;
-                let mut state = None::<Cow<'de, str>>;
+                let mut parent = None::<String>;
+                let mut state = None::<String>;
                 let mut unknown = String::new();
-                while let Some(name) = fields.next_key::<Cow<'de, str>>()? {
-                    match &*name {
-                        "correlation_id" => known.correlation_id = fields.next_value()?,
-                        "causation_id" => known.causation_id = fields.next_value()?,
-                        "traceparent" => parent = fields.next_value()?,
-                        "tracestate" => state = fields.next_value()?,
-                        _ => {
-                            let value = fields.next_value::<&RawValue>()?.get();
-                            let party = || serde_json::from_str::<Party>(value).ok();
-                            match &*name {
-                                "actor" if let Some(actor) = party() => known.actor = Some(actor),
-                                "tenant" if let Some(tenant) = party() => known.tenant = Some(tenant),
-                                // Writing to memory does not fail.
-                                _ => _ = write!(unknown, ",{}:{value}", serde_json::Value::from(&*name)),
-                            }
+                while let Some(field) = fields.next_key::<Field>()? {
+                    let name = match field {
+                        Field::Correlation => {
+                            known.correlation_id = fields.next_value()?;
+                            continue;
                         }
+                        Field::Causation => {
+                            known.causation_id = fields.next_value()?;
+                            continue;
+                        }
+                        Field::Traceparent => {
+                            parent = fields.next_value()?;
+                            continue;
+                        }
+                        Field::Tracestate => {
+                            state = fields.next_value()?;
+                            continue;
+                        }
+                        Field::Other(name) => name,
+                    };
+                    let value = fields.next_value::<&RawValue>()?.get();
+                    let party = || serde_json::from_str::<Party>(value).ok();
+                    match &*name {
+                        "actor" if let Some(actor) = party() => known.actor = Some(actor),
+                        "tenant" if let Some(tenant) = party() => known.tenant = Some(tenant),
+                        // Writing to memory does not fail.
+                        _ => _ = write!(unknown, ",{}:{value}", serde_json::Value::from(name)),
                     }
                 }
                 known.trace = TraceContext::parse(parent.as_deref(), state.as_deref());
