@@ -529,8 +529,8 @@ impl Runtime {
     }
 
     /// Starts services, as a boxed future. The compiler generates the code of an async function in the crate that polls
-    /// its future. Because the future is boxed here, that crate is this one, and the engine is not compiled again in
-    /// every program that starts a runtime.
+    /// its future. This future is boxed, so its code is generated in this crate, and the engine is not compiled again
+    /// in every program that starts a runtime.
     fn start_boxed(&mut self, services: Vec<Service>, bus: Arc<dyn Bus>) -> BoxFuture<'_, Result<(), StartError>> {
         self.start_all(services, bus).boxed()
     }

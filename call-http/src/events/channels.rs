@@ -38,6 +38,8 @@ struct State {
     others: Vec<Channel>,
     /// The task that reads the log. The task runs while there are clients.
     reader: Option<JoinHandle<()>>,
+    /// The number of tasks started so far. A task that was replaced by another one sends nothing more.
+    readers: u64,
 }
 
 struct Channel {
@@ -132,19 +134,23 @@ impl Channels {
         // Reads from a position that was the end of the log before the client began to listen.
         if !state.is_reading() {
             state.position = head.unwrap_or(state.position);
-            state.reader = Some(tokio::spawn(self.clone().read(state.position)));
+            state.readers += 1;
+            state.reader = Some(tokio::spawn(self.clone().read(state.readers, state.position)));
         }
         let receiver = state.listen(selection);
         Ok(Listening { receiver, position: state.position, selection: selection.clone(), channels: self.clone() })
     }
 
     /// Reads the log from a position on, until the last client leaves.
-    async fn read(self, mut position: Position) {
+    async fn read(self, number: u64, mut position: Position) {
         let mut history = self.store.history();
         loop {
             match self.page(&mut history, position).await {
                 Ok(page) => {
                     let mut state = self.state();
+                    if state.readers != number {
+                        return;
+                    }
                     for event in &page.events {
                         state.send(event);
                     }

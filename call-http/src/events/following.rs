@@ -6,7 +6,10 @@ use std::{fmt, sync::Arc, time::Duration};
 use annals::{EventStore, Position, StoreError, Version, store::end_before};
 use axum::http::{HeaderMap, StatusCode};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, broadcast::error::RecvError},
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        broadcast::error::{RecvError, TryRecvError},
+    },
     time::{Interval, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
@@ -229,10 +232,14 @@ impl Following {
             if lines.len() >= limit || bytes > PIECE_BYTES {
                 break;
             }
-            // If the client has missed events, the next call notices that.
             match self.live.receiver.try_recv() {
                 Ok(next) => line = next,
-                Err(_) => break,
+                // The channel reports only once that the client has missed events.
+                Err(TryRecvError::Lagged(_)) => {
+                    self.until = self.streams.channels.position();
+                    break;
+                }
+                Err(TryRecvError::Empty | TryRecvError::Closed) => break,
             }
         }
         Some(Piece::Events(lines))
