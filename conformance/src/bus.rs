@@ -313,7 +313,7 @@ pub async fn attributes_round_trip<S: Subject>() {
         position: Position(i64::MAX - 1),
         version: Version(42),
         lane: Some("3@0123456789abcdef".into()),
-        extensions: [("tenant", "Ærø & søn, \"a=b\""), ("dataref", "")]
+        extensions: [("partner", "Ærø & søn, \"a=b\""), ("dataref", "")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
     };
