@@ -100,7 +100,7 @@ fn repeated_idempotency_key_places_one_order() {
     let again = shop.post("/orders", "a key", &order(1));
     assert_eq!((again.status, &again.text), (201, &first.text));
     assert_eq!(again.header("idempotency-replayed"), Some("true"));
-    // Sends the key in quotes, as the draft of the standard specifies.
+    // Sends the key in quotes, as the IETF draft for the header `Idempotency-Key` specifies.
     assert_eq!(shop.post("/orders", "\"a key\"", &order(1)).text, first.text);
     shop.post("/orders", "a key", &order(2)).is_problem(422, &["another body"]);
     // The same key for another kind of resource is a different key.

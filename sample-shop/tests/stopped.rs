@@ -89,7 +89,7 @@ async fn interrupted_run_ends_the_same_when_repeated() {
     let stopped = folder.path().join("stopped.db");
     let expected = business(&end_of(run(&whole, "256").spawn().unwrap()));
     assert_eq!(expected["orders"], ORDERS);
-    // Stops once early, after few orders were submitted, and then in the middle of the run.
+    // Stops the run three times: once when the first order is confirmed, and twice in the middle.
     for (name, code, confirmed) in [("INT", 130, 1), ("TERM", 143, 300), ("INT", 130, 700)] {
         let child = run(&stopped, "256").spawn().unwrap();
         until(&stopped, "order.confirmed", confirmed).await;

@@ -248,7 +248,7 @@ impl Log {
     async fn settle(&self, visible: i64) -> Result<bool, StoreError> {
         let mut proof = self.proof.lock().await;
         // A proof that began earlier may end before the visible event. A proof that begins now includes this event,
-        // unless the log changes, so a second attempt is enough.
+        // unless a failover or a restore replaces the log, so a second attempt is enough.
         for _ in 0..2 {
             let (history, settled) = self.history().settled();
             if visible <= settled {

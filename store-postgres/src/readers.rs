@@ -1,6 +1,6 @@
 //! The pool of sessions that serve reads.
 //!
-//! This module replaces sqlx's pool, which pings a session each time the session is returned, so that a read would take
+//! This module replaces sqlx's pool. That pool pings a session each time the session is returned, so each read would take
 //! two round trips. If a session has died while idle, the read is repeated on another session.
 
 use std::{

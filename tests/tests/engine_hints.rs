@@ -56,7 +56,8 @@ impl Handler for Marker {
     }
 }
 
-/// Marks all tallies while `wrong` of the streams exist already, spread over the batch.
+/// Marks all tallies. For `wrong` of them, spread over the batch, the stream exists already, so the hint that the stream
+/// is new is wrong.
 async fn mark_all(hint: Hint, wrong: usize) {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let exists = |message: usize| message * wrong / MESSAGES != (message + 1) * wrong / MESSAGES;

@@ -127,8 +127,9 @@ async fn changed_number_of_lanes_handles_each_event_once_and_in_order() {
             let handler = Copies { stuck: Some(stuck), ..Copies::into(&process) };
             let runtime = start(Runtime::new(), &process, &handler, number).await;
             eventually("one lane stands still", async || handler.reached.load(Ordering::SeqCst).then_some(())).await;
-            // All other lanes reach the end of the log, for two reasons. The lanes must be at different positions. The
-            // next round first finishes each lane that is behind, so its own stuck tally must not be in such a lane.
+            // All other lanes reach the end of the log, for two reasons. First, the lanes must be at different positions.
+            // Second, the next round begins by finishing each lane that is behind, so the tally that is stuck in the
+            // next round must not be in such a lane.
             let others = async || {
                 let moved = positions(&store).await.into_iter().filter(|next| *next >= last.0).count();
                 (moved >= number as usize - 1).then_some(())

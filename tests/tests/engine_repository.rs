@@ -76,7 +76,7 @@ async fn repeated_command_returns_its_first_outcome() {
         assert_eq!((again.events, again.repeated), (done.events.clone(), true));
     }
     assert_eq!(tallies(&store).state("a").await.unwrap().amounts, [1, 1, 1, 7]);
-    // The first result is also returned if the command would be refused by now.
+    // The first result is returned even if the command would be refused now.
     tallies(&store).execute("a", TallyCommand::Close, Uuid::new_v4()).await.unwrap();
     assert!(tallies(&store).execute("a", TallyCommand::Add(1), id).await.unwrap().repeated);
 }

@@ -194,7 +194,7 @@ async fn replies_to_a_removed_saga_are_kept() {
     let bank = world.start(&["bank"]).await;
     eventually("the bank has replied", async || (world.bus.held("shop.commands") == 1).then_some(())).await;
     drop(bank);
-    // This build does not define the saga; its shop is only a participant.
+    // In this build, the shop runs the saga `tour` and no longer the saga `trip`; in trips, the shop is a participant.
     let other = Saga::named("tour").retriable("announce", |trip: &Trip| ask("hotel", "announce", trip)).build();
     let runner = Runner::new(other, annals::LogQuery::categories(["nothing"]), starts);
     let runtime = start(&world, runner).await;

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 
 /// Less than the time after which the group gives the partitions of a silent member to others.
 const AT_ONCE: Duration = Duration::from_secs(4);
-/// More than the time after which the group gives the partitions to others, but less than a takeover took with earlier
-/// settings.
+/// The maximum time for a takeover from a killed member. This time is longer than the time after which the group gives
+/// the partitions of a silent member to others.
 const TAKEN_OVER: Duration = Duration::from_secs(9);
 
 /// The task of the child processes.

@@ -112,7 +112,7 @@ async fn other_stores_are_notified_as_soon_as_one_listens() {
     let channel = format!("{}.events", schema.name());
     let mut outside = PgListener::connect(&url()).await.unwrap();
     outside.listen(&channel).await.unwrap();
-    // Until this store sees the other store, it cannot know that it is not alone.
+    // Waits until the store has registered as a listener. Before that, the store sends no notifications.
     let attending = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 'annals.events'::regclass AND objid = 1024";
     let mut connection = schema.connection().await;
     let started = Instant::now();

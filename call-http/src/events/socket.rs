@@ -71,7 +71,7 @@ async fn converse(mut socket: WebSocket, mut following: Following, mut credits: 
                     Err(error) => break (close_code::POLICY, Cow::from(format!("not {{\"credits\": N}}: {error}"))),
                 },
                 Some(Ok(Message::Binary(_))) => break (close_code::UNSUPPORTED, "messages are JSON text".into()),
-                // The library answers pings and the end of the connection.
+                // The WebSocket library answers pings and close messages itself.
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Close(_))) => continue,
             },
             () = ended.cancelled(), if left == 0 => break (close_code::AWAY, STOPPING.into()),

@@ -134,7 +134,8 @@ fn timer(id: &str, due: Option<DateTime<Utc>>) -> Put {
     Put { due, ..put(&key("timer", id), None, Some("{}")) }
 }
 
-/// A scan returns only documents with a due time, earliest first, to the microsecond.
+/// A scan for due documents returns only documents that are due by the given time, earliest first. Times are compared to
+/// the microsecond.
 pub async fn scan_returns_due_documents<T: StoreUnderTest>() {
     let under_test = T::fresh().await;
     let store = under_test.store();

@@ -54,7 +54,7 @@ impl StepKey {
     }
 
     /// Returns the step that an event reports as done, and the answer. After any other answer there is no work to redo:
-    /// a step that was refused must not be carried out, because the saga has gone back.
+    /// a step that was refused must not be carried out, because the saga may have compensated already.
     pub fn answered(event: &Stored<'_>) -> Option<(Self, Reply)> {
         let decoded = StepEvent::decode(&event.type_name, event.schema_version, &event.data).ok()??;
         let StepEvent::Replied { reply, .. } = decoded;

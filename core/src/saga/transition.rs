@@ -46,9 +46,9 @@ pub enum Input {
 /// The result of an input.
 #[derive(Clone, Debug)]
 pub struct Transition<C> {
-    /// The data of the saga after the move.
+    /// The data of the saga after the transition.
     pub context: C,
-    /// The progress after the move.
+    /// The progress after the transition.
     pub progress: Progress,
     /// The commands to send.
     pub send: Vec<Command>,
