@@ -229,7 +229,7 @@ impl<'r> Attributes<'r> {
                 self.extensions.extend(value.map(|value| (name.to_owned(), value.into_owned())));
             }
         }
-        // An invalid name stays an extension, even in the message of a relay.
+        // An attribute whose value is not a valid actor or tenant stays an extension, even in a message of a relay.
         for (name, value, is_known) in [
             (attribute::ACTOR, self.actor.take(), of_relay.as_ref().is_some_and(|of_relay| of_relay.actor.is_some())),
             (

@@ -54,7 +54,7 @@ impl From<Router> for Api {
 }
 
 impl Api {
-    /// Describes routes.
+    /// Combines routes with their description.
     pub fn new(routes: Router, description: OpenApi) -> Self {
         Self { routes, description }
     }

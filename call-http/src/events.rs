@@ -25,18 +25,19 @@ use crate::api::{Api, Described, query, request_header};
 ///   the position of the event, `event` the type, and `data` the line that `annals tail --json` prints.
 /// - `GET /events/ws` sends the same lines over a WebSocket, one text message per event. A client that opens the socket
 ///   with `?credits=N` gets at most N events until it sends `{"credits": M}`, which allows M more. `{"position": N}`
-///   says that there was no event for the client up to this position, and `{"end": "…"}` is the last message.
+///   says that the client has received all of its events up to position N, and `{"end": "…"}` is the last message.
 ///
-/// Both take these parameters; names may be repeated or separated by commas:
+/// Both routes take these parameters. `category` and `type` may be repeated, and each may hold several names, separated
+/// by commas:
 ///
 /// - `category`, `type`: only events of these categories and types.
 /// - `stream`: only events of this stream.
 /// - `after`: start after this position; 0 is the beginning of the log. Without this parameter, the stream begins with
 ///   new events. The header `Last-Event-ID`, which a browser sends when it reconnects, takes precedence.
 ///
-/// A client that comes back with the position of its last event misses no event and gets no event twice. An event that
-/// several clients follow is read once, and is held in memory once. A client that falls behind is served from the store
-/// until it has caught up. A client that accepts nothing for [`SLOW_CLIENT`] is dropped.
+/// A client that comes back with the position of its last event misses no event and gets no event twice. A new event is
+/// read once and held in memory once for all clients that have caught up. A client that falls behind is served from the
+/// store until it has caught up. A client that accepts nothing for [`SLOW_CLIENT`] is dropped.
 ///
 /// These routes show every event of the store. Put a layer with your own authorization in front of them, with
 /// [`Api::map_routes`].

@@ -43,7 +43,7 @@ impl fmt::Debug for Probes {
     }
 }
 
-/// Returns the description of the routes, which [`routes`] serves outside of the limits.
+/// Returns the description of the routes that [`routes`] serves. The limits do not apply to these routes.
 pub fn described() -> Api {
     let probe = |summary| Described::new("probes", summary).problem("503", "The process is not healthy, or not ready.");
     let healthz = probe("Reports whether the process is healthy").media("200", "Healthy.", "application/json");

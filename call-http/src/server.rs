@@ -24,9 +24,9 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// The HTTP server of a service: puts the routes of the service behind [`Limits`], adds [`Probes`] and [`Metrics`], and
 /// stops without a failed request.
 ///
-/// When `stop` is cancelled, the server announces its stop (see [`Stopping`]), serves for the grace, and answers the
-/// requests in progress. Only then does [`serve`](Self::serve) return, so that the caller drains the runtime after the
-/// last answer. If the runtime ends by itself, the server stops too.
+/// When `stop` is cancelled, the server announces its stop (see [`Stopping`]), keeps accepting requests for the grace
+/// period, and then answers the requests in progress. Only then does [`serve`](Self::serve) return, so that the caller
+/// drains the runtime after the last answer. If the runtime ends by itself, the server stops too.
 ///
 /// ```
 /// # use std::{sync::Arc, time::Duration};
@@ -66,7 +66,8 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// Plans a server for the services of a runtime, on the store of these services.
+    /// Creates a server for the services of a runtime, on the store of these services. The server stops when `stop` is
+    /// cancelled or the runtime ends.
     ///
     /// # Errors
     /// Fails if the metrics cannot be registered, which is a programming error.
@@ -113,7 +114,8 @@ impl Server {
         Sagas { store: self.store.clone(), follower, over: self.stopping.over.clone() }
     }
 
-    /// Waits until the server is asked to stop; for a process without an address.
+    /// Waits until the server is asked to stop, or until the runtime stops. This method is for a process that does not
+    /// serve HTTP.
     pub async fn stopped(&self) {
         tokio::select! {
             () = self.stopping.announced.cancelled() => {}

@@ -84,7 +84,11 @@ pub fn views<R: ReadModel<View: ToSchema>>(views: Views<R>) -> Api {
                 json!({"type": "string", "pattern": "^[0-9]{1,9}s?$"}),
                 "How long to wait, such as `10s`.",
             ))
-            .parameter(request_header("If-None-Match", json!({"type": "string"}), "What the client has."))
+            .parameter(request_header(
+                "If-None-Match",
+                json!({"type": "string"}),
+                "The `ETag` of the content that the client has.",
+            ))
             .empty("304", "The client has the current content.")
             .problem("409", "The position is beyond the end of the log.")
             .problem("503", "The views have not reached the position.")
@@ -151,8 +155,9 @@ async fn caught_up<R: ReadModel>(views: &Views<R>, position: Option<i64>, wait: 
 }
 
 fn tagged(headers: &HeaderMap, body: &impl Serialize) -> Result<Response, Problem> {
-    let body = serde_json::to_vec(body)
-        .map_err(|error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the view is no JSON: {error}")))?;
+    let body = serde_json::to_vec(body).map_err(|error| {
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the view cannot be written as JSON: {error}"))
+    })?;
     let tag = quoted(Uuid::new_v5(&Uuid::NAMESPACE_OID, &body));
     let json = HeaderValue::from_static("application/json");
     Ok(with_tag(headers, tag, || ([(header::CONTENT_TYPE, json)], body).into_response()))

@@ -84,7 +84,7 @@ impl SubmissionKind {
 pub struct Accepted {
     /// Whether an earlier run made the same submission.
     pub repeated: bool,
-    /// The changes of a delivery or a stock count as they were first accepted.
+    /// The changes of stock in a delivery or in a stock count, as the shop first accepted the changes.
     pub units: Vec<Change>,
     /// How the saga of the submission ended, if it has ended.
     pub end: Option<SagaEnd>,

@@ -412,8 +412,8 @@ impl Database {
     }
 
     /// Begins a transaction. Behind a pooler, this method also applies the settings that sessions without a pooler have
-    /// from the start, and checks the server against the history. The caller ends the transaction with `COMMIT`, or
-    /// drops the connection.
+    /// from the start, and checks that the server still has the log that this process knows (see `history.rs`). The
+    /// caller ends the transaction with `COMMIT`, or drops the connection.
     pub(crate) async fn begin(&self, connection: &mut PgConnection, purpose: Purpose) -> Result<(), sqlx::Error> {
         if !self.pooled {
             return sqlx::raw_sql("BEGIN").execute(connection).await.map(drop);

@@ -1,5 +1,5 @@
-//! The transaction in which a user's handler writes. The store's commit ends it. Only this kind of transaction stays
-//! open while a user's code runs.
+//! The transaction in which a user's handler writes. The store's commit ends the transaction. Only this kind of
+//! transaction stays open while a user's code runs.
 //!
 //! The transaction has a connection of its own, which is dropped after any problem, such as a cancelled future or an
 //! unexpected error. The server rolls back the transaction when the connection ends. A connection from a pool would

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 const DRAIN: Duration = Duration::from_secs(60);
-/// Longer than the test, so that progress cannot come from a timer.
+/// The timeout of each step. The timeout is longer than the test, so that no timer causes progress.
 const PATIENT: Duration = Duration::from_secs(120);
 /// The number of trips in a round.
 const ROUND: usize = 8;

@@ -103,7 +103,8 @@ async fn one_of_two_mutually_dependent_commits_succeeds() {
     assert_eq!(both, 0, "rounds in which both left");
 }
 
-/// A commit that only writes or only checks waits for no other commit, and a blocked commit blocks only itself.
+/// An open transaction blocks only the commits that conflict with it. A commit that only checks versions, and a commit
+/// on other streams, do not wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_transaction_blocks_only_conflicting_commits() {
     let schema = Schema::new();

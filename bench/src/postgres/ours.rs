@@ -127,7 +127,7 @@ pub async fn contended(url: &str, run: &str, count: usize) -> Result<Measured, F
 }
 
 /// Runs commands on one aggregate through four repositories that share no queue, as in four processes. Each repository
-/// has this number of commands in flight.
+/// has `callers` commands in flight.
 pub async fn four_instances(url: &str, run: &str, count: usize, callers: usize) -> Result<Measured, Failure> {
     let mut stores = Vec::new();
     for _ in 0..INSTANCES {

@@ -31,9 +31,11 @@ pub(super) struct Channels {
 
 #[derive(Default)]
 struct State {
-    /// Every event up to this position is in the channels that were open at that time.
+    /// How far the task has read the log. The task has sent each event to the channels that were open at the
+    /// time of the read.
     position: Position,
-    /// The channels of selections of one stream, so that an event finds its clients without a search.
+    /// The channels of selections that name a stream, by that stream, so that `send` finds the channels of an event
+    /// without a search.
     of_streams: HashMap<StreamId, Vec<Channel>>,
     others: Vec<Channel>,
     /// The task that reads the log. The task runs while there are clients.
@@ -121,17 +123,17 @@ impl Channels {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every event up to this position is in the channels that were open at that time.
+    /// Returns the position up to which the task has read the log.
     pub fn position(&self) -> Position {
         self.state().position
     }
 
-    /// Opens a channel, and starts to read the log if no other client does.
+    /// Opens a channel, and starts the task that reads the log unless the task runs already.
     pub async fn listen(&self, selection: &Selection) -> Result<Listening, StoreError> {
         let is_reading = self.state().is_reading();
         let head = if is_reading { None } else { Some(self.store.status().await?.head) };
         let mut state = self.state();
-        // Reads from a position that was the end of the log before the client began to listen.
+        // The task starts at a position that was the end of the log before the client began to listen.
         if !state.is_reading() {
             state.position = head.unwrap_or(state.position);
             state.readers += 1;
@@ -181,7 +183,7 @@ impl Channels {
 impl Drop for Listening {
     fn drop(&mut self) {
         let (_, closed) = broadcast::channel(1);
-        // The channel counts its receivers, so this client's receiver goes first.
+        // `leave` counts the receivers of the channel, so this client's receiver is dropped before the call.
         self.receiver = closed;
         self.channels.state().leave(&self.selection);
     }

@@ -40,7 +40,7 @@ const LAST_EVENT_ID: &str = "last-event-id";
 #[derive(Debug)]
 pub(super) enum Piece {
     Events(Vec<Arc<Line>>),
-    /// There was no event for the client up to this position.
+    /// There is no new event. The client has received all of its events up to this position.
     Nothing(Position),
     /// The stream ends, for this reason.
     End(&'static str),
@@ -50,7 +50,7 @@ pub(super) enum Piece {
 const LOG_CHANGED: &str =
     "the log has lost events, so positions have another meaning now; start again without a position";
 pub(super) const STOPPING: &str = "the server stops; connect again and continue after the last position";
-const UNREADABLE: &str = "the store cannot serve these events; see the log of the service";
+const UNREADABLE: &str = "the store cannot serve these events; see the process log of the service";
 pub(super) const SLOW: &str =
     "the client did not accept events for 10 s; connect again and continue after the last position";
 
@@ -107,7 +107,8 @@ impl Streams {
 pub(super) struct Following {
     streams: Streams,
     selection: Selection,
-    /// A version of the selected stream that the client does not need any more.
+    /// A version of the selected stream. The events up to this version are not after `at`, so reads of the stream start
+    /// after this version.
     known: Version,
     /// The client has received all events up to this position.
     at: Position,
@@ -146,7 +147,7 @@ impl Following {
         }
     }
 
-    /// Takes one step; returns `None` if that did not find out what the client gets next.
+    /// Takes one step. Returns `None` if it is still unknown what the client gets next.
     async fn step(&mut self, limit: usize) -> Option<Piece> {
         let history = self.streams.store.history();
         if history != self.history {
@@ -169,7 +170,7 @@ impl Following {
         let (events, next) = match page {
             Ok(page) => page,
             Err(StoreError::Unavailable(_)) => {
-                // Readiness probes report that.
+                // Readiness probes report that the store is unavailable.
                 sleep(READ_AGAIN).await;
                 return None;
             }

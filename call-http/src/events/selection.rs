@@ -27,7 +27,7 @@ pub(super) struct Selection {
 /// Reads the query of a request: the selection, and the position to start after.
 ///
 /// # Errors
-/// A 400 that names the parameter that is unknown or invalid.
+/// A 400 that says what is unknown or invalid.
 pub(super) fn read(parameters: &Parameters) -> Result<(Selection, Option<Position>), Problem> {
     let mut selection = Selection::default();
     let mut after = None;
@@ -73,9 +73,9 @@ impl Selection {
         self.query.matches(event) && self.stream.as_ref().is_none_or(|stream| event.stream == *stream)
     }
 
-    /// Reads the selected events between two positions: at most `limit` events, and the position up to which there are
-    /// no others. `known` is a version of the selected stream whose event is not after the first position; the call
-    /// raises this version.
+    /// Returns at most `limit` selected events after `after`, and the position up to which there are no others. If the
+    /// selection names a stream, events after `until` are left out. `known` is the version of an event of that stream
+    /// that is not after `after`; the call raises `known` to the last such version that it reads.
     pub async fn page(
         &self,
         store: &dyn EventStore,

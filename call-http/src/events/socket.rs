@@ -55,7 +55,8 @@ fn credits(parameters: &Parameters) -> Result<Option<usize>, Problem> {
     Ok(credits)
 }
 
-/// Sends events while the client has credits, and reads the client's messages, until one of the two ends.
+/// Sends events while the client has credits, and reads the client's messages, until the client or the server ends the
+/// stream.
 async fn converse(mut socket: WebSocket, mut following: Following, mut credits: Option<usize>) {
     let ended = following.ended();
     let (code, reason) = loop {

@@ -102,8 +102,8 @@ mod tests {
         store
     }
 
-    /// A client that reads nothing for a while gets what was sent before, and the reason why it was dropped. Then it
-    /// continues where it was.
+    /// A client that reads nothing for a while gets what was sent before, and the reason why it was dropped. A new
+    /// request of the client then continues after the last event that the client received.
     #[tokio::test(start_paused = true)]
     async fn slow_client_is_dropped_with_a_reason_and_continues() {
         let app = TowerToHyperService::new(events(store().await, CancellationToken::new()).routes);

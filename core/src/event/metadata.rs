@@ -34,16 +34,17 @@ pub struct Metadata {
     pub unknown: UnknownFields,
 }
 
-/// The fields of stored metadata that this build does not know, such as the fields of a later build. The fields of an
-/// event survive if the event is read and written again. Effects of the event do not get these fields.
+/// The fields of stored metadata that this build does not know, such as the fields of a later build, and an actor or a
+/// tenant whose stored name is not valid. The fields of an event survive if the event is read and written again.
+/// Effects of the event do not get these fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnknownFields(
     /// The fields as they are stored, each after a comma.
     Option<Arc<str>>,
 );
 
-/// Metadata in JSON that is part of a document, without the unknown fields. The trace context and the names may be
-/// invalid.
+/// Metadata in JSON that is part of a document, without the unknown fields. The trace context, the actor and the tenant
+/// may be invalid.
 #[derive(Serialize, Deserialize)]
 struct KnownMetadata {
     #[serde(default)]

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 /// The maximum length of the name of an actor or a tenant, in bytes.
 pub const PARTY_BYTES_MAX: usize = 200;
 
-/// The name of an actor (the user, service or operator who asked) or of a tenant (for whom). The name travels with
-/// [`Metadata`](crate::Metadata) to everything that follows from the request.
+/// The name of an actor (the user, service or operator who made the request) or of a tenant (for whom the request was
+/// made). The name travels with [`Metadata`](crate::Metadata) to everything that follows from the request.
 ///
 /// A name has 1 to [`PARTY_BYTES_MAX`] bytes, and no control characters.
 ///

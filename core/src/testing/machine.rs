@@ -243,8 +243,8 @@ impl<C: SagaState> Machine<C> {
             trouble: None,
             ..progress
         };
-        // The trail is part of the key if the saga can be migrated, because the result of a migration depends on the
-        // trail.
+        // The trail (the steps that the saga has reached) is part of the key if the saga can be migrated, because the
+        // result of a migration depends on the trail.
         let trail = if self.earlier.is_some() { instance.trail().to_vec() } else { Vec::new() };
         let key = (context, progress, deployed, trail);
         if let Some(number) = self.known().numbers.get(&key) {
