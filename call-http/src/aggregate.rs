@@ -39,7 +39,8 @@ pub struct Receipt {
 ///
 /// - `POST /{id}` executes a command. The body is the command as JSON. The header `Idempotency-Key` names the request:
 ///   a repeated request executes nothing and gets the answer to the first one, with the header `Idempotency-Replayed:
-///   true`. The header `If-Match: "3"` requires version 3, and `If-None-Match: *` requires that the aggregate does not
+///   true`. This holds while the command is among the last 1,024 of its aggregate. A command that was refused, or that
+///   had nothing to do, is decided again. The header `If-Match: "3"` requires version 3, and `If-None-Match: *` requires that the aggregate does not
 ///   exist. The answer is a [`Receipt`].
 /// - `GET /{id}` returns the state as JSON. The header `ETag` has the version, and `If-None-Match` with this version gets
 ///   a 304 without a body.
@@ -134,7 +135,8 @@ where
     let id = id(path)?;
     let command: A::Command = submission.json()?;
     let stream = repository.stream(&id).map_err(|error| problem::<A>(ExecuteError::Invalid(error.to_string())))?;
-    let command_id = named_id(COMMANDS, &format!("{stream}/{}", submission.id));
+    // In two steps, because a stream and a key may both contain any separator.
+    let command_id = named_id(named_id(COMMANDS, stream.as_str()), &submission.id);
     let request =
         Request { expected_version: expected_version(&submission.headers)?, ..asked(command_id, &submission.headers) };
     let decided = repository.execute(&id, command, request).await.map_err(problem::<A>)?;

@@ -45,7 +45,8 @@ async fn announce(State(announced): State<CancellationToken>, request: Request, 
         Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal error; see the log of the server").into_response()
     };
     let mut response = answered.unwrap_or_else(panicked);
-    if announced.is_cancelled() {
+    // An upgraded connection is no longer HTTP, and its header names the upgrade.
+    if announced.is_cancelled() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

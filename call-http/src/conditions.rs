@@ -38,11 +38,17 @@ pub(crate) fn expected_version(headers: &HeaderMap) -> Result<Option<Version>, P
     let mut unwanted = tags(headers, header::IF_NONE_MATCH);
     let conditions = (wanted.next(), wanted.next(), unwanted.next(), unwanted.next());
     match conditions {
+        // A header without a tag, such as that of a client without an `ETag`, is not the absence of a condition.
+        (None, _, None, _) if headers.contains_key(header::IF_MATCH) || headers.contains_key(header::IF_NONE_MATCH) => {
+            Err(bad("the condition has no entity tag: If-Match takes one version, such as \"3\""))
+        }
         (None, _, None, _) => Ok(None),
         (None, _, Some("*"), None) => Ok(Some(Version::START)),
         (Some(tag), None, None, _) => {
-            let version = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).and_then(|tag| tag.parse().ok());
-            let version = version.filter(|version| *version > 0).map(Version);
+            let version = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"'));
+            let version = version.filter(|tag| tag.starts_with(|c: char| matches!(c, '1'..='9')));
+            let version = version.and_then(|tag| tag.parse().ok());
+            let version = version.map(Version);
             let wrong = || bad(format!("If-Match: {tag:.40} is not a version in quotes, such as \"3\""));
             version.map(Some).ok_or_else(wrong)
         }
@@ -77,6 +83,11 @@ mod tests {
             (vec![(wanted.clone(), "W/\"3\"")], None),
             (vec![(wanted.clone(), "\"3\", \"4\"")], None),
             (vec![(unwanted.clone(), "\"3\"")], None),
+            (vec![(wanted.clone(), "")], None),
+            (vec![(wanted.clone(), " , ")], None),
+            (vec![(unwanted.clone(), "")], None),
+            (vec![(wanted.clone(), "\"+3\"")], None),
+            (vec![(wanted.clone(), "\"03\"")], None),
             (vec![(wanted, "\"3\""), (unwanted, "*")], None),
         ] {
             let found = expected_version(&headers(&lines)).ok().map(|version| version.map(|version| version.0));

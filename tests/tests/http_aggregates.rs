@@ -46,9 +46,12 @@ async fn repeated_command_gets_the_first_answer() {
         let server = tallies(&store).await;
         let (_, headers, receipt) = server.post("/tallies/b", &key, r#"{"Add": 5}"#).await;
         assert_eq!((headers.get("idempotency-replayed"), &receipt["version"]), (None, &json!(1)));
+        // An id and a key that are split elsewhere name another command.
+        server.post("/tallies/x%2Fb", &[("idempotency-key", "c")], r#"{"Add": 5}"#).await;
+        server.post("/tallies/x", &[("idempotency-key", "b/c")], r#"{"Add": 5}"#).await;
         let events = log(&store).await;
         let ids: std::collections::HashSet<_> = events.iter().map(|event| event.id).collect();
-        assert_eq!((events.len(), ids.len()), (3, 3));
+        assert_eq!((events.len(), ids.len()), (5, 5));
     })
     .await;
 }
@@ -117,6 +120,7 @@ async fn bad_command_gets_a_problem_and_does_nothing() {
             ("/tallies/b", vec![("idempotency-key", &*long)], r#"{"Add": 5}"#, 400),
             ("/tallies/b", vec![("idempotency-key", "")], r#"{"Add": 5}"#, 400),
             ("/tallies/b", vec![("if-match", "7")], r#"{"Add": 5}"#, 400),
+            ("/tallies/b", vec![("if-match", "")], r#"{"Add": 5}"#, 400),
             ("/tallies/b", vec![("if-match", "\"7\"")], r#"{"Add": 5}"#, 412),
             ("/tallies/%00", vec![], r#"{"Add": 5}"#, 400),
             ("/tallies/b", vec![], "\"Panic\"", 422),

@@ -159,8 +159,17 @@ impl Channels {
                     position = page.next;
                     state.position = position;
                 }
-                // Other parts of the service report the error.
-                Err(_) => sleep(READ_AGAIN).await,
+                // Readiness probes report that the store is unavailable.
+                Err(StoreError::Unavailable(_)) => sleep(READ_AGAIN).await,
+                Err(error) => {
+                    tracing::error!(%error, "the streams of events ended");
+                    let mut state = self.state();
+                    if state.readers == number {
+                        state.of_streams.clear();
+                        state.others.clear();
+                    }
+                    return;
+                }
             }
         }
     }
@@ -173,6 +182,10 @@ impl Channels {
             *history = now;
         }
         let page = self.store.read_log(&LogQuery::all(), position, PAGE).await?;
+        if self.store.history() != *history {
+            // The page may belong to another log than the position.
+            return Ok(LogPage { next: position, ..LogPage::default() });
+        }
         if page.next == position {
             self.store.wait(position).await?;
         }

@@ -3,7 +3,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use annals::{EventStore, Position, StoreError, Version, store::end_before};
+use annals::{EventStore, LostEnd, Position, StoreError, Version, store::end_before};
 use axum::http::{HeaderMap, StatusCode};
 use tokio::{
     sync::{
@@ -47,7 +47,7 @@ pub(super) enum Piece {
 }
 
 /// Reasons for the end of a stream.
-const LOG_CHANGED: &str =
+pub(super) const LOG_CHANGED: &str =
     "the log has lost events, so positions have another meaning now; start again without a position";
 pub(super) const STOPPING: &str = "the server stops; connect again and continue after the last position";
 const UNREADABLE: &str = "the store cannot serve these events; see the process log of the service";
@@ -81,8 +81,9 @@ impl Streams {
         let place = self.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Problem::unavailable(format!("{STREAMS_MAX} clients follow events already")))?;
         let history = self.store.history();
+        let status = self.store.status().await.map_err(|error| problem(&error))?;
         let at = match after {
-            None => self.store.status().await.map_err(|error| problem(&error))?.head,
+            None => status.head,
             Some(at) => match end_before(&*self.store, at).await.map_err(|error| problem(&error))? {
                 None => at,
                 Some(end) => {
@@ -97,8 +98,20 @@ impl Streams {
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeat.reset();
         let until = live.position;
+        let known_loss = status.lost_end;
         let streams = self.clone();
-        Ok(Following { streams, selection, known: Version::START, at, until, history, live, heartbeat, _place: place })
+        Ok(Following {
+            streams,
+            selection,
+            known: Version::START,
+            at,
+            until,
+            history,
+            known_loss,
+            live,
+            heartbeat,
+            _place: place,
+        })
     }
 }
 
@@ -115,6 +128,8 @@ pub(super) struct Following {
     /// The events after this position come through `live`, and the events up to this position are read from the store.
     until: Position,
     history: u64,
+    /// The loss that was known when the client came; its position already belongs to the log after this loss.
+    known_loss: Option<LostEnd>,
     live: Listening,
     heartbeat: Interval,
     _place: OwnedSemaphorePermit,
@@ -124,6 +139,11 @@ impl Following {
     /// Returns the token that is cancelled when all streams end.
     pub fn ended(&self) -> CancellationToken {
         self.streams.ended.clone()
+    }
+
+    /// The client has received all events up to this position.
+    pub fn position(&self) -> Position {
+        self.at
     }
 
     /// Returns what the client gets next; at most `limit` events. Nothing is lost if the future is dropped.
@@ -152,7 +172,7 @@ impl Following {
         let history = self.streams.store.history();
         if history != self.history {
             match self.streams.store.status().await {
-                Ok(status) if status.lost_end.is_some() => return Some(Piece::End(LOG_CHANGED)),
+                Ok(status) if status.lost_end != self.known_loss => return Some(Piece::End(LOG_CHANGED)),
                 Ok(_) => self.history = history,
                 Err(_) => sleep(READ_AGAIN).await,
             }
@@ -179,6 +199,10 @@ impl Following {
                 return Some(Piece::End(UNREADABLE));
             }
         };
+        // A page of another log says nothing about this one.
+        if self.streams.store.history() != self.history {
+            return None;
+        }
         if next == self.at {
             // The store does not show yet what another reader has seen already.
             sleep(READ_AGAIN).await;
@@ -220,8 +244,13 @@ impl Following {
                 self.until = self.streams.channels.position();
                 return None;
             }
-            Err(RecvError::Closed) => return Some(Piece::End(LOG_CHANGED)),
+            Err(RecvError::Closed) => return Some(Piece::End(UNREADABLE)),
         };
+        if self.streams.store.history() != self.history {
+            // The event is read again if the log has lost nothing.
+            self.until = self.streams.channels.position();
+            return None;
+        }
         let mut lines = Vec::new();
         let mut bytes = 0;
         loop {

@@ -11,7 +11,7 @@ pub(super) const CREDITS: &str = "credits";
 /// The maximum number of names in a selection.
 const NAMES_MAX: usize = 50;
 /// The number of events read per page from a stream.
-const STREAM_PAGE: usize = 1_000;
+const STREAM_PAGE: usize = 100;
 
 /// The parameters of a request, in their order.
 pub(super) type Parameters = Vec<(String, String)>;
@@ -102,7 +102,11 @@ impl Selection {
                 }
                 if event.position <= after {
                     *known = event.version;
-                } else if self.has(&event) {
+                } else if !self.has(&event) {
+                    if found.is_empty() {
+                        *known = event.version;
+                    }
+                } else {
                     found.push(Arc::new(event));
                     if let Some(last) = found.last().filter(|_| found.len() == limit) {
                         let next = last.position;

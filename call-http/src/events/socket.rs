@@ -13,10 +13,10 @@ use axum::{
 };
 use serde::Deserialize;
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::time::{interval, timeout};
 
 use super::{
-    following::{Following, Piece, SLOW, SLOW_CLIENT, STOPPING, Streams},
+    following::{Following, HEARTBEAT, Piece, SLOW, SLOW_CLIENT, STOPPING, Streams},
     selection::{CREDITS, Parameters},
 };
 use crate::{problem::Problem, request::bad};
@@ -42,6 +42,7 @@ pub(super) async fn follow(
     let credits = credits(&parameters)?;
     let following = streams.follow(&parameters, &headers).await?;
     let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX);
+    let upgrade = upgrade.read_buffer_size(MESSAGE_BYTES_MAX);
     Ok(upgrade.on_upgrade(move |socket| converse(socket, following, credits)))
 }
 
@@ -59,6 +60,9 @@ fn credits(parameters: &Parameters) -> Result<Option<usize>, Problem> {
 /// stream.
 async fn converse(mut socket: WebSocket, mut following: Following, mut credits: Option<usize>) {
     let ended = following.ended();
+    // Shows whether a client without credits is still there.
+    let mut heartbeat = interval(HEARTBEAT);
+    heartbeat.reset();
     let (code, reason) = loop {
         let left = credits.unwrap_or(usize::MAX);
         let piece = tokio::select! {
@@ -75,6 +79,7 @@ async fn converse(mut socket: WebSocket, mut following: Following, mut credits: 
                 // The WebSocket library answers pings and close messages itself.
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Close(_))) => continue,
             },
+            _ = heartbeat.tick(), if left == 0 => Piece::Nothing(following.position()),
             () = ended.cancelled(), if left == 0 => break (close_code::AWAY, STOPPING.into()),
             piece = following.next(left), if left > 0 => piece,
         };

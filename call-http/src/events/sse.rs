@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    following::{PIECE, Piece, SLOW, SLOW_CLIENT, Streams},
+    following::{LOG_CHANGED, PIECE, Piece, SLOW, SLOW_CLIENT, Streams},
     line::Line,
     selection::Parameters,
 };
@@ -54,7 +54,9 @@ pub(super) async fn follow(
     let events = stream::unfold(taken, |mut taken| async { taken.recv().await.map(|piece| (piece, taken)) });
     let last = stream::once(async move {
         let reason = *reason.lock().unwrap_or_else(PoisonError::into_inner);
-        Bytes::from(format!("event: end\ndata: {reason}\n\n"))
+        // An empty id makes a browser forget its position, which has no meaning any more.
+        let id = if reason == LOG_CHANGED { "id:\n" } else { "" };
+        Bytes::from(format!("{id}event: end\ndata: {reason}\n\n"))
     });
     let body = stream::once(async { Bytes::from_static(RETRY.as_bytes()) }).chain(events).chain(last);
     let headers = [
