@@ -6,6 +6,7 @@
 pub mod distance;
 pub mod faulty;
 pub mod kafka;
+pub mod log_output;
 pub mod tally;
 #[cfg(unix)]
 pub mod terminal;

@@ -1,15 +1,11 @@
 //! A member can be dropped at any moment, even while its group is still deciding which partitions the member gets.
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    io::Write,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use annals::{Bus, bus::Polled};
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::{kafka::brokers, tally::eventually};
+use annals_tests::{kafka::brokers, log_output::LogOutput, tally::eventually};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer as _},
@@ -23,28 +19,6 @@ const GROUPS: usize = 4;
 const MEMBERS: usize = 30;
 /// A member that cannot join within four seconds, because its group waits for another member, is closed all the same.
 const CLOSED_EARLY_MAX: usize = MEMBERS / 2;
-
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    /// Counts the lines that contain both texts.
-    fn count(&self, one: &str, other: &str) -> usize {
-        let log = self.0.lock().unwrap();
-        String::from_utf8_lossy(&log).lines().filter(|line| line.contains(one) && line.contains(other)).count()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Lets members join one group, one after the other, and drops each member shortly before the group would assign its
 /// partitions.
@@ -61,6 +35,11 @@ async fn join_and_leave(bus: Arc<KafkaBus>, name: String) {
     }
 }
 
+/// Counts the lines that contain both texts.
+fn count(log: &LogOutput, one: &str, other: &str) -> usize {
+    log.text().lines().filter(|line| line.contains(one) && line.contains(other)).count()
+}
+
 fn members_of(group: &str) -> usize {
     let client: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
     let groups = client.fetch_group_list(Some(group), Duration::from_secs(10)).unwrap();
@@ -72,7 +51,7 @@ fn members_of(group: &str) -> usize {
 /// whether or not the crash follows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_dropped_while_they_join_join_before_they_leave() {
-    let log = Log::default();
+    let log = LogOutput::default();
     let written = log.clone();
     tracing_subscriber::fmt().with_max_level(LevelFilter::DEBUG).with_writer(move || written.clone()).init();
     let settings = Settings::new(&brokers()).set("debug", "cgrp");
@@ -90,7 +69,7 @@ async fn members_dropped_while_they_join_join_before_they_leave() {
     eventually("all members have left", async || (members().await == 0).then_some(())).await;
     // The log ends with the client, so the last lines of some clients are missing.
     let closed = |states: &[&str]| -> Vec<usize> {
-        states.iter().map(|state| log.count("received op TERMINATE ", &format!("join-state {state}"))).collect()
+        states.iter().map(|state| count(&log, "received op TERMINATE ", &format!("join-state {state}"))).collect()
     };
     eventually("most clients have ended", async || (closed(&["init"])[0] > GROUPS * MEMBERS / 2).then_some(())).await;
     let early = closed(&["wait-join", "wait-metadata", "wait-sync"]);

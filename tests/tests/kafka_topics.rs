@@ -7,16 +7,17 @@ mod postgres;
 
 use std::{
     collections::HashMap,
-    io::Write,
     process::Command,
-    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use annals::{Bus, BusError, Publisher, bus::Ends};
 use annals_conformance::bus::{Member, message, publish};
 use annals_kafka::{KafkaBus, Settings};
-use annals_tests::kafka::{brokers, jars};
+use annals_tests::{
+    kafka::{brokers, jars},
+    log_output::LogOutput,
+};
 use kafka::{DRAIN, Pair, TALLIES, add};
 use rdkafka::{
     ClientConfig,
@@ -80,24 +81,9 @@ async fn wrong_address_is_reported_within_seconds() {
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
 }
 
-/// Collects the log output.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn secrets_are_never_shown() {
-    let log = Log::default();
+    let log = LogOutput::default();
     let written = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
     // The subscriber applies to all threads of this process, because the Kafka client logs from its own threads.
@@ -124,7 +110,7 @@ async fn secrets_are_never_shown() {
         shown.push(error);
     }
     shown.push(format!("kafka://a:1?sasl.password={SECRET}%zz&x").parse::<Settings>().unwrap_err().to_string());
-    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+    let log = log.text();
     assert!(log.contains("rdkafka"), "nothing was logged: {log}");
     for shown in shown.iter().map(String::as_str).chain(log.lines()) {
         assert!(!shown.contains(SECRET), "{shown}");
