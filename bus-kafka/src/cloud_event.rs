@@ -230,14 +230,8 @@ impl<'r> Attributes<'r> {
             }
         }
         // An attribute whose value is not a valid actor or tenant stays an extension, even in a message of a relay.
-        for (name, value, is_known) in [
-            (attribute::ACTOR, self.actor.take(), of_relay.as_ref().is_some_and(|of_relay| of_relay.actor.is_some())),
-            (
-                attribute::TENANT,
-                self.tenant.take(),
-                of_relay.as_ref().is_some_and(|of_relay| of_relay.tenant.is_some()),
-            ),
-        ] {
+        for (name, value) in [(attribute::ACTOR, self.actor.take()), (attribute::TENANT, self.tenant.take())] {
+            let is_known = of_relay.is_some() && party(&value).is_some();
             self.extensions.extend(value.filter(|_| !is_known).map(|value| (name.to_owned(), value.into_owned())));
         }
         of_relay

@@ -140,38 +140,26 @@ impl<'de> Deserialize<'de> for StoredMetadata {
             }
 
             fn visit_map<M: MapAccess<'de>>(self, mut fields: M) -> Result<StoredMetadata, M::Error> {
-                let mut known =
-                    Metadata { correlation_id: Uuid::nil(), causation_id: Uuid::nil(), ..Metadata::default() };
+                let mut known = Metadata::default();
                 let mut parent = None::<String>;
                 let mut state = None::<String>;
                 let mut unknown = String::new();
                 while let Some(field) = fields.next_key::<Field>()? {
-                    let name = match field {
-                        Field::Correlation => {
-                            known.correlation_id = fields.next_value()?;
-                            continue;
+                    match field {
+                        Field::Correlation => known.correlation_id = fields.next_value()?,
+                        Field::Causation => known.causation_id = fields.next_value()?,
+                        Field::Traceparent => parent = fields.next_value()?,
+                        Field::Tracestate => state = fields.next_value()?,
+                        Field::Other(name) => {
+                            let value = fields.next_value::<&RawValue>()?.get();
+                            let party = || serde_json::from_str::<Party>(value).ok();
+                            match &*name {
+                                "actor" if let Some(actor) = party() => known.actor = Some(actor),
+                                "tenant" if let Some(tenant) = party() => known.tenant = Some(tenant),
+                                // Writing to memory does not fail.
+                                _ => _ = write!(unknown, ",{}:{value}", serde_json::Value::from(name)),
+                            }
                         }
-                        Field::Causation => {
-                            known.causation_id = fields.next_value()?;
-                            continue;
-                        }
-                        Field::Traceparent => {
-                            parent = fields.next_value()?;
-                            continue;
-                        }
-                        Field::Tracestate => {
-                            state = fields.next_value()?;
-                            continue;
-                        }
-                        Field::Other(name) => name,
-                    };
-                    let value = fields.next_value::<&RawValue>()?.get();
-                    let party = || serde_json::from_str::<Party>(value).ok();
-                    match &*name {
-                        "actor" if let Some(actor) = party() => known.actor = Some(actor),
-                        "tenant" if let Some(tenant) = party() => known.tenant = Some(tenant),
-                        // Writing to memory does not fail.
-                        _ => _ = write!(unknown, ",{}:{value}", serde_json::Value::from(name)),
                     }
                 }
                 known.trace = TraceContext::parse(parent.as_deref(), state.as_deref());
