@@ -146,14 +146,20 @@ pub struct LogPage {
 }
 
 /// Returns the position of the last event if the log does not reach to `position`. A position that readers cannot reach
-/// yet, because an open transaction may still add events before that position, is part of the log.
-pub async fn end_before(store: &dyn EventStore, position: Position) -> Result<Option<Position>, StoreError> {
-    let mut status = store.status().await?;
-    if status.head < position && status.waits_for.is_none() {
-        // The open transaction may have ended while the status was read.
-        status = store.status().await?;
+/// yet, because an open transaction may still add events before that position, is part of the log. `status` is a status
+/// of this store.
+pub async fn end_before(
+    store: &dyn EventStore,
+    status: &StoreStatus,
+    position: Position,
+) -> Result<Option<Position>, StoreError> {
+    let is_beyond = |status: &StoreStatus| status.head < position && status.waits_for.is_none();
+    if !is_beyond(status) {
+        return Ok(None);
     }
-    Ok((status.head < position && status.waits_for.is_none()).then_some(status.head))
+    // The open transaction may have ended while the status was read.
+    let status = store.status().await?;
+    Ok(is_beyond(&status).then_some(status.head))
 }
 
 /// The state of a log.

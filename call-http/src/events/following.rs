@@ -84,7 +84,7 @@ impl Streams {
         let status = self.store.status().await.map_err(|error| problem(&error))?;
         let at = match after {
             None => status.head,
-            Some(at) => match end_before(&*self.store, at).await.map_err(|error| problem(&error))? {
+            Some(at) => match end_before(&*self.store, &status, at).await.map_err(|error| problem(&error))? {
                 None => at,
                 Some(end) => {
                     let detail =

@@ -515,7 +515,8 @@ impl<R: ReadModel> Views<R> {
                 return Ok(());
             }
             if !exists {
-                if let Some(head) = end_before(&*self.store, position).await? {
+                let status = self.store.status().await?;
+                if let Some(head) = end_before(&*self.store, &status, position).await? {
                     return Err(WaitError::BeyondEnd { position, head });
                 }
                 exists = true;
