@@ -14,9 +14,9 @@ use utoipa::{ToSchema, openapi::path::HttpMethod};
 use uuid::Uuid;
 
 use crate::{
-    api::{Api, Described, ETAG, REPLAYED_HEADER, idempotency_key, path_id, request_header},
+    api::{Api, Described, ETAG, idempotency_key, path_id, request_header},
     conditions::{expected_version, version_tag, with_tag},
-    problem::{Problem, without_files},
+    problem::Problem,
     request::{Id, REPLAYED, Submission, asked, id},
 };
 
@@ -108,7 +108,7 @@ where
             "The aggregate must not exist.",
         ))
         .body::<A::Command>()
-        .answer::<Receipt>("The command is executed.", &[ETAG, REPLAYED_HEADER])
+        .answer::<Receipt>("The command is executed.", &[ETAG, REPLAYED])
         .problem("412", "The aggregate does not have the expected version.")
         .problem("422", "The aggregate refuses the command, or the body does not have the expected shape.");
     let read = Described::new(A::CATEGORY, &format!("Returns the state of {}", A::CATEGORY))
@@ -163,18 +163,11 @@ where
     Ok(with_tag(&headers, version_tag(version), || Json(state).into_response()))
 }
 
+/// Adds the refusal as JSON to the problem.
 fn problem<A: Aggregate<Refusal: Serialize>>(error: ExecuteError<A::Refusal>) -> Problem {
-    let detail = without_files(&error);
-    match error {
-        ExecuteError::Refused(refusal) => {
-            let problem = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string());
-            Problem { refusal: serde_json::to_value(&refusal).ok(), ..problem }
-        }
-        ExecuteError::OtherVersion { .. } => Problem::new(StatusCode::PRECONDITION_FAILED, detail),
-        ExecuteError::Invalid(_) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
-        ExecuteError::Contended { .. } | ExecuteError::Overloaded { .. } | ExecuteError::Unavailable(_) => {
-            Problem::unavailable(detail)
-        }
-        _ => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
-    }
+    let refusal = match &error {
+        ExecuteError::Refused(refusal) => serde_json::to_value(refusal).ok(),
+        _ => None,
+    };
+    Problem { refusal, ..error.into() }
 }

@@ -1,11 +1,6 @@
 //! Routes together with their description in the form of OpenAPI 3.1.
 
-use axum::{
-    Router,
-    http::header,
-    response::{IntoResponse, Response},
-    routing::get,
-};
+use axum::{Router, http::header, routing::get};
 use serde_json::{Value, json};
 use utoipa::{
     PartialSchema, ToSchema,
@@ -20,7 +15,7 @@ use utoipa::{
 
 use crate::{
     problem::Problem,
-    request::{ID_BYTES_MAX, IDEMPOTENCY_KEY, REPLAYED},
+    request::{ID_BYTES_MAX, IDEMPOTENCY_KEY},
 };
 
 /// Routes together with their description, from which `/openapi.json` is made.
@@ -137,13 +132,9 @@ impl Api {
             info.version = "0".to_owned();
         }
         let text = self.description.to_json().unwrap_or_default();
-        let answer = move || async move { json_text(text) };
-        self.routes.route("/openapi.json", get(answer))
+        let json = [(header::CONTENT_TYPE, "application/json")];
+        self.routes.route("/openapi.json", get(move || async move { (json, text) }))
     }
-}
-
-fn json_text(text: String) -> Response {
-    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
 
 /// The name of the schema of [`Problem`].
@@ -216,15 +207,14 @@ impl Described {
 
 fn header_of(name: &str) -> Header {
     let description = match name {
-        "ETag" => "Identifies this state of the resource.",
+        ETAG => "Identifies this state of the resource.",
         _ => "Is `true` in the answer to a repeated request.",
     };
     HeaderBuilder::new().schema(string()).description(Some(description)).build()
 }
 
-/// The headers that [`answer`](Described::answer) describes.
+/// The header with the entity tag, as a name in a description.
 pub(crate) const ETAG: &str = "ETag";
-pub(crate) const REPLAYED_HEADER: &str = REPLAYED;
 
 fn string() -> Schema {
     ObjectBuilder::new().schema_type(Type::String).build().into()

@@ -45,8 +45,9 @@ impl fmt::Debug for Probes {
 
 /// Returns the description of the routes that [`routes`] serves. The limits do not apply to these routes.
 pub fn described() -> Api {
-    let probe = |summary| Described::new("probes", summary).problem("503", "The process is not healthy, or not ready.");
-    let healthz = probe("Reports whether the process is healthy").media("200", "Healthy.", "application/json");
+    let healthz = Described::new("probes", "Reports whether the process is healthy")
+        .media("200", "Healthy.", "application/json")
+        .problem("503", "Not healthy.");
     let readyz = Described::new("probes", "Reports whether the process can work now")
         .media("200", "Ready.", "application/json")
         .media("503", "Not ready.", "application/json");

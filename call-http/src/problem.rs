@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 
+use annals::ExecuteError;
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -43,6 +44,22 @@ impl Problem {
     /// the same key.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+    }
+}
+
+/// The problem for a command that was not executed.
+impl<R: std::error::Error> From<ExecuteError<R>> for Problem {
+    fn from(error: ExecuteError<R>) -> Self {
+        let detail = without_files(&error);
+        match error {
+            ExecuteError::Refused(refusal) => Self::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string()),
+            ExecuteError::OtherVersion { .. } => Self::new(StatusCode::PRECONDITION_FAILED, detail),
+            ExecuteError::Invalid(_) => Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
+            ExecuteError::Contended { .. } | ExecuteError::Overloaded { .. } | ExecuteError::Unavailable(_) => {
+                Self::unavailable(detail)
+            }
+            _ => Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
+        }
     }
 }
 

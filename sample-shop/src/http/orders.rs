@@ -141,7 +141,7 @@ async fn cancel(State(api): State<Arc<OrderApi>>, order: Id, headers: HeaderMap)
         Ok(_) => {}
         Err(ExecuteError::Refused(OrderRefusal::NotPlaced)) => return Err(unknown("order", &order_id)),
         Err(ExecuteError::Refused(refusal)) => return Err(Problem::new(StatusCode::CONFLICT, refusal.to_string())),
-        Err(error) => return Err(problem(error)),
+        Err(error) => return Err(error.into()),
     }
     let state = api.repositories.orders.state(&order_id).await;
     match state.map_err(|error| Problem::unavailable(without_files(&error)))? {
@@ -261,8 +261,7 @@ impl OrderApi {
         command: A::Command,
     ) -> Result<Accepted<'_, A::Event>, Problem> {
         let watch = (!wait.is_zero()).then(|| self.watch(repository, saga, id, *wait)).transpose()?;
-        let decided =
-            repository.create(id, command, asked(request(A::CATEGORY, id), headers)).await.map_err(problem)?;
+        let decided = repository.create(id, command, asked(request(A::CATEGORY, id), headers)).await?;
         let repeated = decided.repeated || decided.events.is_empty();
         if !repeated {
             self.accepted.with_label_values(&[A::CATEGORY]).inc();
@@ -342,18 +341,6 @@ fn unknown(what: &str, id: &str) -> Problem {
 fn other_body() -> Problem {
     let detail = "this Idempotency-Key was used before with another body: a new request needs a new key";
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
-}
-
-fn problem<R: std::error::Error>(error: ExecuteError<R>) -> Problem {
-    let detail = without_files(&error);
-    match error {
-        ExecuteError::Refused(refusal) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, refusal.to_string()),
-        ExecuteError::Invalid(_) => Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail),
-        ExecuteError::Contended { .. } | ExecuteError::Overloaded { .. } | ExecuteError::Unavailable(_) => {
-            Problem::unavailable(detail)
-        }
-        _ => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
-    }
 }
 
 /// Builds the answer to the first request and to each repeated request; these answers differ only in one header. The
